@@ -1,0 +1,77 @@
+"""From a mapping (YAML, flags, a manifest) to a frozen dataclass of settings, with hints for what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from llmopt.artifacts.outcome import Json
+from llmopt.errors import SettingsError, nearest
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Make `cls` (a keyword-only dataclass) from `values`; `where` names the section in messages.
+
+    An unknown key or a value of the wrong type is a `SettingsError`; ranges are checked by the class itself
+    in `__post_init__`. An int is taken for a float, a list for a tuple, nothing else is converted.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise SettingsError(f"`{where}` has no setting `{key}`", hint=nearest(str(key), fields))
+    hints = typing.get_type_hints(cls)
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        name = missing[0]
+        raise SettingsError(f"`{where}` needs the setting `{name}`", hint=f"add `{name}: ...` under `{where}`")
+    return cls(**{key: _convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def to_json(settings: object) -> dict[str, Json]:
+    """The settings as plain JSON, every default spelled out: what goes into an action's key."""
+    return {f.name: _plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Json:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        options = [a for a in typing.get_args(hint) if a is not type(None)]
+        if len(options) == 1:
+            return _convert(value, options[0], where)
+        raise TypeError(f"{where}: a union of several types is not supported")
+    if origin is Literal:
+        known = typing.get_args(hint)
+        if value not in known or isinstance(value, bool) != isinstance(next(k for k in known if k == value), bool):
+            raise SettingsError(f"`{where}` cannot be `{value}`", hint=nearest(str(value), [str(k) for k in known]))
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
+        raise SettingsError(f"`{where}` must be {_name(hint)}, not `{value}`", hint=f"write it as {_example(hint)}")
+    return value
+
+
+def _name(hint: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
+
+
+def _example(hint: type) -> str:
+    return {int: "`128`", float: "`0.01`", bool: "`true`", str: "`gptq`"}.get(hint, hint.__name__)
