@@ -1,0 +1,174 @@
+"""How far a model is from its base: KL divergence, perplexity and top-1 agreement, streamed block by block.
+
+No more than one block of each model is in memory. KL is that of the next-token distributions, base against model, in
+nats, averaged over all positions of all windows; perplexity is over the same positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt.errors import LlmoptError, SettingsError
+from llmopt.formats import open_quantized
+from llmopt.formats.base import QuantizedReader
+from llmopt.models.checkpoint import Checkpoint
+from llmopt.models.config import DecoderConfig
+from llmopt.models.text import read_tokens, windows
+from llmopt.profiles.settings import build
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+OP_VERSION = 1
+_BATCH_TOKENS = 2048
+_HEAD_TOKENS = 512  # logits held at once: 512 x 128k entries of float32 are 256 MB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSettings:
+    windows: int = 64
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.seq_len < 2:
+            raise SettingsError(
+                f"cannot evaluate {self.windows} windows of {self.seq_len} tokens",
+                hint="at least 1 window of 2 tokens",
+            )
+
+
+def resolve(settings: Mapping[str, Any]) -> EvalSettings:
+    return build(EvalSettings, settings, where="eval")
+
+
+def deps(settings: EvalSettings) -> tuple[str, ...]:
+    """The distributions whose versions may change the figures."""
+    return ("numpy", "tokenizers", "torch")
+
+
+def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) -> None:
+    """Everything that can be found wrong before the work."""
+    config = _open(model).config
+    if base is not None:
+        other = _open(base).config
+        if other.vocab_size != config.vocab_size:
+            raise LlmoptError(
+                f"`{model}` has {config.vocab_size} tokens and its base {other.vocab_size}",
+                hint="a model can only be compared with the checkpoint it was made from",
+            )
+    evaluation_windows(model, text, settings, config)
+
+
+def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: DecoderConfig) -> np.ndarray:
+    """Token ids [windows, seq_len], the first of the text."""
+    if settings.seq_len > config.max_positions:
+        raise SettingsError(
+            f"`seq_len` cannot be {settings.seq_len}: the model has {config.max_positions} positions",
+            hint=f"use {config.max_positions} or less",
+        )
+    tokens = read_tokens(model, text)
+    return windows(tokens, count=settings.windows, length=settings.seq_len, seed=None, what="evaluation text")
+
+
+def evaluate(
+    model: Path, base: Path | None, text: Path, settings: EvalSettings, out: Path, progress: Progress
+) -> Outcome:
+    """Write eval.json to `out`. Without a base, only the model's own perplexity is measured."""
+    import torch
+
+    from llmopt.models.writer import write_json
+
+    loaded = [_open(path) for path in (model, base) if path is not None]
+    tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))
+    with torch.no_grad():
+        hidden = [_hidden_states(each, tokens, progress) for each in loaded]
+        metrics = _compare(loaded, hidden, tokens)
+    write_json(out / "eval.json", metrics)
+    return Outcome(metrics=metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    reader: QuantizedReader | None
+
+
+def _open(path: Path) -> _Model:
+    checkpoint = Checkpoint.open(path)
+    config, reader = DecoderConfig.read(checkpoint), open_quantized(checkpoint)
+    if reader is not None:
+        for index in range(config.layers):
+            for site in config.family.sites:
+                for name in site.linears:
+                    reader.check(f"{config.block(index)}.{name}", config.linear_shape(name))
+    return _Model(checkpoint, config, reader)
+
+
+def _hidden_states(model: _Model, tokens: torch.Tensor, progress: Progress) -> list[torch.Tensor]:
+    """The final norm's outputs, one [T, H] a window."""
+    import torch
+
+    from llmopt.formats.dequantized import load_block, load_float
+    from llmopt.models.decoder import rms_norm, rotary_tables
+
+    checkpoint, config = model.checkpoint, model.config
+    table = checkpoint.tensor(f"{config.family.embedding}.weight")
+    step = max(1, _BATCH_TOKENS // tokens.shape[1])
+    batches = [table[part].float() for part in torch.split(tokens, step)]
+    rotary = rotary_tables(config, tokens.shape[1])
+    for index in range(config.layers):
+        block = load_block(checkpoint, config, model.reader, index)
+        batches = [block.forward(x, rotary) for x in batches]
+        checkpoint.release()
+        progress(f"{checkpoint.path.name}: block {index + 1}/{config.layers}")
+    norm = load_float(checkpoint, f"{config.family.final_norm}.weight")
+    return [window for x in batches for window in rms_norm(x, norm, config.norm_eps)]
+
+
+def _compare(models: list[_Model], hidden: list[list[torch.Tensor]], tokens: torch.Tensor) -> dict[str, Any]:
+    """Metrics of the first model, against the second where there is one."""
+    import torch
+
+    from llmopt.formats.dequantized import load_head
+
+    heads = [load_head(m.checkpoint, m.config, m.reader) for m in models]
+    losses: list[list[torch.Tensor]] = [[] for _ in models]
+    divergence: list[torch.Tensor] = []
+    agreement: list[torch.Tensor] = []
+    for window, ids in enumerate(tokens):
+        for start in range(0, len(ids) - 1, _HEAD_TOKENS):
+            part = slice(start, min(start + _HEAD_TOKENS, len(ids) - 1))
+            target = ids[part.start + 1 : part.stop + 1, None]
+            logs = [
+                torch.log_softmax(states[window][part] @ head.T, dim=-1)
+                for states, head in zip(hidden, heads, strict=True)
+            ]
+            for log, loss in zip(logs, losses, strict=True):
+                loss.append(-log.gather(1, target)[:, 0])
+            if len(models) == 2:
+                own, base = logs
+                divergence.append((base.exp() * (base - own)).sum(dim=-1))
+                agreement.append(own.argmax(dim=-1) == base.argmax(dim=-1))
+    own_loss = torch.cat(losses[0]).double()
+    metrics: dict[str, Any] = {"tokens": own_loss.numel(), "perplexity": _rounded(math.exp(own_loss.mean()))}
+    if len(models) == 2:
+        kl = torch.cat(divergence).double()
+        metrics |= {
+            "base_perplexity": _rounded(math.exp(torch.cat(losses[1]).double().mean())),
+            "kl_mean": _rounded(float(kl.mean())),
+            "kl_p99": _rounded(float(kl.quantile(0.99))),
+            "top1_agreement": _rounded(float(torch.cat(agreement).double().mean())),
+        }
+    return metrics
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what the float32 sums behind it carry."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,132 @@
+"""The grid that weights are rounded to, and the statistics of a site's input.
+
+Shape suffixes, here and in the methods: O out features, I in features, G groups of consecutive in-features, S the
+in-features of one group, N tokens. Everything is float32 on the CPU; codes are uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmopt.formats.base import QuantizedWeight, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Steps and zero points of each group; zero_OG is in codes, and the middle of them when symmetric."""
+
+    scale_OG: torch.Tensor
+    zero_OG: torch.Tensor
+
+    @classmethod
+    def cover(cls, weight_OGS: torch.Tensor, scheme: Scheme, shrink: float = 1.0) -> Grid:
+        """The grid that just covers each group's range, or `shrink` times it.
+
+        Scales are rounded so that BF16 and F16 both hold them (formats.base.exact_scale has the same rule).
+        """
+        levels = (1 << scheme.bits) - 1
+        if scheme.symmetric:
+            scale_OG = exact_scale(weight_OGS.abs().amax(dim=2) * (2 * shrink / levels))
+            return cls(scale_OG, torch.full_like(scale_OG, 1 << (scheme.bits - 1)))
+        low_OG = weight_OGS.amin(dim=2).clamp(max=0) * shrink
+        high_OG = weight_OGS.amax(dim=2).clamp(min=0) * shrink
+        scale_OG = exact_scale((high_OG - low_OG) / levels)
+        return cls(scale_OG, (-low_OG / scale_OG).round().clamp(0, levels))
+
+    def round(self, weight_OGS: torch.Tensor, bits: int) -> torch.Tensor:
+        """Nearest codes, as floats."""
+        codes = (weight_OGS / self.scale_OG[:, :, None]).round_() + self.zero_OG[:, :, None]
+        return codes.clamp_(0, (1 << bits) - 1)
+
+    def value(self, codes_OGS: torch.Tensor) -> torch.Tensor:
+        return (codes_OGS - self.zero_OG[:, :, None]) * self.scale_OG[:, :, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits)."""
+
+    codes_OI: torch.Tensor
+    grid: Grid
+    scheme: Scheme
+
+    def dequantize(self) -> torch.Tensor:
+        return self.grid.value(grouped(self.codes_OI, self.scheme)).reshape(self.codes_OI.shape)
+
+    def split(self, rows: Sequence[int]) -> list[Rounded]:
+        """The linears of a site, which were rounded as one matrix."""
+        parts = zip(
+            torch.split(self.codes_OI, list(rows)),
+            torch.split(self.grid.scale_OG, list(rows)),
+            torch.split(self.grid.zero_OG, list(rows)),
+            strict=True,
+        )
+        return [Rounded(codes, Grid(scale, zero), self.scheme) for codes, scale, zero in parts]
+
+    @staticmethod
+    def stack(parts: Sequence[Rounded]) -> Rounded:
+        codes_OI = torch.cat([p.codes_OI for p in parts])
+        scale_OG = torch.cat([p.grid.scale_OG for p in parts])
+        zero_OG = torch.cat([p.grid.zero_OG for p in parts])
+        return Rounded(codes_OI, Grid(scale_OG, zero_OG), parts[0].scheme)
+
+    def export(self) -> QuantizedWeight:
+        return QuantizedWeight(
+            codes_OI=self.codes_OI.to(torch.uint8).numpy(),
+            scale_OG=self.grid.scale_OG.numpy(),
+            zero_OG=None if self.scheme.symmetric else self.grid.zero_OG.to(torch.uint8).numpy(),
+            bits=self.scheme.bits,
+        )
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What calibration keeps of a site's input x_NI; each is None where the method has no use for it."""
+
+    tokens: int = 0
+    hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens
+    abs_sum_I: torch.Tensor | None = None  # sum of |x|
+    abs_max_I: torch.Tensor | None = None  # max of |x|
+
+    @classmethod
+    def of(cls, x: torch.Tensor, wanted: frozenset[str]) -> Statistics:
+        """Of one batch; x is [..., I]."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        return cls(
+            tokens=len(x_NI),
+            hessian_II=x_NI.T @ x_NI if "hessian" in wanted else None,
+            abs_sum_I=x_NI.abs().sum(dim=0) if "abs_sum" in wanted else None,
+            abs_max_I=x_NI.abs().amax(dim=0) if "abs_max" in wanted else None,
+        )
+
+    def add(self, other: Statistics) -> None:
+        """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
+        if self.tokens == 0:
+            self.hessian_II, self.abs_sum_I, self.abs_max_I = other.hessian_II, other.abs_sum_I, other.abs_max_I
+        else:
+            if self.hessian_II is not None and other.hessian_II is not None:
+                self.hessian_II += other.hessian_II
+            if self.abs_sum_I is not None and other.abs_sum_I is not None:
+                self.abs_sum_I += other.abs_sum_I
+            if self.abs_max_I is not None and other.abs_max_I is not None:
+                torch.maximum(self.abs_max_I, other.abs_max_I, out=self.abs_max_I)
+        self.tokens += other.tokens
+
+
+def grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """[O, G, S] view of [O, I]."""
+    rows, columns = weight_OI.shape
+    return weight_OI.reshape(rows, scheme.groups(columns), -1)
+
+
+def exact_scale(scale: torch.Tensor) -> torch.Tensor:
+    """As formats.base.exact_scale, in torch."""
+    return scale.bfloat16().float().clamp_(2.0**-24, 65280.0).half().float()
+
+
+def output_error(error_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
+    """Sum over calibration tokens of |error x|^2, from the Hessian alone: tr(error H error^T). A scalar."""
+    return ((error_OI @ hessian_II) * error_OI).sum()
