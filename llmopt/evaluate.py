@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import open_quantized
-from llmopt.formats.base import QuantizedReader
-from llmopt.models.checkpoint import Checkpoint
+from llmopt.formats import Source, open_model
 from llmopt.models.config import DecoderConfig
 from llmopt.models.text import read_tokens, windows
 from llmopt.profiles.settings import build
@@ -54,9 +52,9 @@ def deps(settings: EvalSettings) -> tuple[str, ...]:
 
 def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) -> None:
     """Everything that can be found wrong before the work."""
-    config = _open(model).config
+    config = open_model(model).config
     if base is not None:
-        other = _open(base).config
+        other = open_model(base).config
         if other.vocab_size != config.vocab_size:
             raise LlmoptError(
                 f"`{model}` has {config.vocab_size} tokens and its base {other.vocab_size}",
@@ -84,7 +82,7 @@ def evaluate(
 
     from llmopt.models.writer import write_json
 
-    loaded = [_open(path) for path in (model, base) if path is not None]
+    loaded = [open_model(path) for path in (model, base) if path is not None]
     tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))
     with torch.no_grad():
         hidden = [_hidden_states(each, tokens, progress) for each in loaded]
@@ -93,25 +91,7 @@ def evaluate(
     return Outcome(metrics=metrics)
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    checkpoint: Checkpoint
-    config: DecoderConfig
-    reader: QuantizedReader | None
-
-
-def _open(path: Path) -> _Model:
-    checkpoint = Checkpoint.open(path)
-    config, reader = DecoderConfig.read(checkpoint), open_quantized(checkpoint)
-    if reader is not None:
-        for index in range(config.layers):
-            for site in config.family.sites:
-                for name in site.linears:
-                    reader.check(f"{config.block(index)}.{name}", config.linear_shape(name))
-    return _Model(checkpoint, config, reader)
-
-
-def _hidden_states(model: _Model, tokens: torch.Tensor, progress: Progress) -> list[torch.Tensor]:
+def _hidden_states(model: Source, tokens: torch.Tensor, progress: Progress) -> list[torch.Tensor]:
     """The final norm's outputs, one [T, H] a window."""
     import torch
 
@@ -132,7 +112,7 @@ def _hidden_states(model: _Model, tokens: torch.Tensor, progress: Progress) -> l
     return [window for x in batches for window in rms_norm(x, norm, config.norm_eps)]
 
 
-def _compare(models: list[_Model], hidden: list[list[torch.Tensor]], tokens: torch.Tensor) -> dict[str, Any]:
+def _compare(models: list[Source], hidden: list[list[torch.Tensor]], tokens: torch.Tensor) -> dict[str, Any]:
     """Metrics of the first model, against the second where there is one."""
     import torch
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from llmopt.errors import LlmoptError, SettingsError, nearest
 from llmopt.formats.base import Format, QuantizedReader
 from llmopt.models.checkpoint import Checkpoint
+from llmopt.models.config import DecoderConfig
 
 #: By the name a user gives, which is also `quant_method` in config.json.
 FORMATS: Mapping[str, str] = {
@@ -40,3 +43,26 @@ def open_quantized(checkpoint: Checkpoint) -> QuantizedReader | None:
         )
     found = get_format(method)
     return QuantizedReader(checkpoint, found, found.scheme(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that a stage can read: its sizes, and a reader of its integers where it is quantized."""
+
+    checkpoint: Checkpoint
+    config: DecoderConfig
+    reader: QuantizedReader | None
+
+
+def open_model(path: Path) -> Source:
+    """Open a plain or quantized checkpoint and check from its headers that every tensor is there and fits."""
+    checkpoint = Checkpoint.open(path)
+    config, reader = DecoderConfig.read(checkpoint), open_quantized(checkpoint)
+    if reader is not None:
+        for index in range(config.layers):
+            for site in config.family.sites:
+                for linear in site.linears:
+                    reader.check(f"{config.block(index)}.{linear}", config.linear_shape(linear))
+        if not config.tie_embeddings:
+            reader.check(config.family.head, (config.vocab_size, config.hidden_size))
+    return Source(checkpoint, config, reader)

@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-
-#: What belongs to a model beside its weights and config.json, and goes with it from stage to stage.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
 
 
 class CheckpointWriter:
@@ -51,13 +34,6 @@ class CheckpointWriter:
         write_json(self._out / "model.safetensors.index.json", index)
         write_json(self._out / "config.json", config)
         return self._total_bytes
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy the tokenizer, templates and licence that go with the weights."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) and hint is not bool or not isinstance(value, hint):
+    if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
         raise SettingsError(f"`{where}` must be {_name(hint)}, not `{value}`", hint=f"write it as {_example(hint)}")
     return value
 

@@ -22,10 +22,11 @@ from llmopt.formats import get_format
 from llmopt.formats.base import Stored
 from llmopt.formats.dequantized import int8_input, load_block, load_float
 from llmopt.models.checkpoint import Checkpoint
+from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
 from llmopt.models.families import Site
-from llmopt.models.writer import CheckpointWriter, copy_companions
+from llmopt.models.writer import CheckpointWriter
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.methods import Context, Scaler, method_of
 from llmopt.quantizers.scaling import fold_scale, tie_heads

@@ -1,0 +1,50 @@
+"""Compilers: a checkpoint, plain or quantized, becomes an engine that a runtime serves.
+
+A target is a frozen dataclass of its own settings with the work as methods (`base.Target`). Nothing is imported here
+before a target is named, and a target imports its backend only when it compiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt.compilers.base import Target
+from llmopt.errors import SettingsError, nearest
+from llmopt.profiles.settings import build
+
+#: By the name a user gives.
+TARGETS: Mapping[str, str] = {
+    "openvino": "llmopt.compilers.openvino_target:OpenVINO",
+}
+DEFAULT_TARGET = "openvino"
+
+OP_VERSION = 1
+
+
+def resolve(settings: Mapping[str, Any]) -> Target:
+    """The target that `settings["target"]` names, with the other settings checked and every default spelled out."""
+    name = str(settings.get("target", DEFAULT_TARGET))
+    if name not in TARGETS:
+        raise SettingsError(f"unknown target `{name}`", hint=nearest(name, TARGETS))
+    module, attribute = TARGETS[name].split(":")
+    found: Target = build(getattr(importlib.import_module(module), attribute), settings, where="compile")
+    return found
+
+
+def deps(settings: Target) -> tuple[str, ...]:
+    """The distributions whose versions change the bits of the engine."""
+    return settings.deps()
+
+
+def check(model: Path, settings: Target) -> None:
+    """Everything that can be known before any work, from small files and headers; raises LlmoptError."""
+    settings.check(model)
+
+
+def compile_model(model: Path, settings: Target, out: Path, progress: Progress) -> Outcome:
+    """Check `model` and write its engine into the empty folder `out`. The same inputs give the same bytes."""
+    return settings.compile(model, out, progress)

@@ -1,0 +1,28 @@
+"""What belongs to a model beside its weights and config.json, and goes with it from stage to stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy the tokenizer, templates and licence that go with the weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
