@@ -1,0 +1,51 @@
+"""Bench: load-test an OpenAI-compatible server, or an engine that bench serves itself, and report what clients see.
+
+    settings.py   what a run does: subjects and settings
+    preflight.py  what can be found wrong before the load
+    workload.py   prompts of an exact number of tokens
+    endpoints.py  what is sent to an endpoint and where its answer has the text
+    wire.py       HTTP/1.1 framing and server-sent events, each piece with its receive stamp
+    client.py     the closed-loop load; stores (stamp, bytes) and parses nothing
+    records.py    from stored bytes to one record a request
+    metrics.py    from records to figures; every convention is named there
+    server.py     starts an engine's server and always stops it
+    run.py        the order of it all
+    report.py     report.json, report.md, requests.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt.bench.preflight import check
+from llmopt.bench.settings import BenchSettings, Subject, resolve
+
+__all__ = ["OP_VERSION", "BenchSettings", "Subject", "check", "deps", "measure", "resolve"]
+
+OP_VERSION = 1
+
+
+def deps(settings: BenchSettings) -> tuple[str, ...]:
+    """The distributions whose versions may change what is sent."""
+    return ("tokenizers",)
+
+
+def measure(
+    subjects: Mapping[str, Subject],
+    settings: BenchSettings,
+    out: Path,
+    progress: Progress,
+    *,
+    command: Callable[[Path], Sequence[str]] | None = None,
+) -> Outcome:
+    """Load every subject and write the report to the empty folder `out`; blocks until done.
+
+    `command` makes the command line that serves an engine folder (default: `python -m llmopt serve`). Raises
+    `MeasurementInvalidError` after writing the report, marked `"valid": false`, where the figures mean nothing.
+    """
+    from llmopt.bench.run import run
+    from llmopt.bench.server import serve_command
+
+    return run(subjects, settings, out, progress, command or serve_command)
