@@ -1,0 +1,116 @@
+"""Who made an artifact, when and how: an in-toto Statement with SLSA provenance, kept beside the manifest.
+
+None of it is in the artifact's digest. Sources: in-toto attestation framework, Statement v1; SLSA, provenance v1 (names
+of the form `<vendor>_<field>` are its rule for fields of one's own).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmopt.artifacts.manifest import MANIFEST_NAME, Action, Manifest
+from llmopt.artifacts.outcome import Json
+
+
+def attest(
+    manifest: Manifest,
+    *,
+    started: float,
+    finished: float,
+    command: Sequence[str] | None = None,
+    attempt: int = 1,
+    folder: Path | None = None,
+) -> dict[str, Json]:
+    """The statement for an artifact made between two times (seconds since 1970).
+
+    `command` is the command line, by default this process's; `folder`, by default the current one, is where a git
+    checkout is looked for.
+    """
+    import llmopt
+
+    subject: list[Json] = [{"name": entry.path, "digest": {"sha256": entry.sha256}} for entry in manifest.files]
+    subject.append({"name": MANIFEST_NAME, "digest": {"sha256": manifest.hex}})
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": subject,
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": _definition(manifest.action),
+            "runDetails": {
+                "builder": {"id": "urn:llmopt:local", "version": {"llmopt": llmopt.__version__}},
+                "metadata": {
+                    "invocationId": f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}",
+                    "startedOn": _timestamp(started),
+                    "finishedOn": _timestamp(finished),
+                    "llmopt_host": os.uname().nodename,
+                    "llmopt_user": _user(),
+                    "llmopt_commit": git_commit(folder or Path.cwd()),
+                    "llmopt_command": list(sys.argv if command is None else command),
+                    "llmopt_attempt": attempt,
+                },
+            },
+        },
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out in the git work tree around `folder`, read without running git; None without one."""
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        try:
+            dot_git = parent / ".git"
+            if dot_git.is_dir():
+                return _head(dot_git)
+            if dot_git.is_file():  # a work tree of its own, or a submodule, points to where its data lies
+                return _head(parent / dot_git.read_text().removeprefix("gitdir:").strip())
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def _definition(action: Action | None) -> dict[str, Json]:
+    if action is None:
+        return {"buildType": "urn:llmopt:import:1", "externalParameters": {}}
+    inputs: list[Json] = [
+        {"name": name, "digest": {"sha256": given.removeprefix("sha256:")}}
+        if given.startswith("sha256:")
+        else {"name": name, "uri": given}
+        for name, given in sorted(action.inputs.items())
+    ]
+    packages: list[Json] = [{"uri": f"pkg:pypi/{name}@{version}"} for name, version in sorted(action.deps.items())]
+    return {
+        "buildType": "urn:llmopt:action:1",
+        "externalParameters": {"op": action.op, "settings": dict(action.settings), "target": dict(action.target)},
+        "internalParameters": {"key": action.key, "op_version": action.op_version, "code": action.code},
+        "resolvedDependencies": inputs + packages,
+    }
+
+
+def _head(git: Path) -> str | None:
+    head = (git / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+        return head or None
+    reference = head.removeprefix("ref: ")
+    common = git / (git / "commondir").read_text().strip() if (git / "commondir").is_file() else git
+    for place in (git, common):
+        if (place / reference).is_file():
+            return (place / reference).read_text().strip()
+    packed = common / "packed-refs"
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    return next((line.split()[0] for line in lines if line.endswith(f" {reference}")), None)
+
+
+def _timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container run under a number that has no name
+        return str(os.getuid())

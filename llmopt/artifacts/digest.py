@@ -1,0 +1,154 @@
+"""Digests of files, and of the folders and texts that users bring as inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from llmopt.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parents
+from llmopt.errors import CorruptError, LlmoptError
+
+#: What stages read of a folder: weights, configuration, tokenizer and templates; licences go with every derivative.
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+_ENGINE_SUFFIXES = (".xml", ".bin")  # of a model they would be pickles, which no stage reads
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+#: A text is its bytes: renaming it changes no result, so its name is not in its digest.
+_TEXT_NAME = "text"
+
+
+def sha256_file(path: Path) -> str:
+    """In hex."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path, name: str) -> FileEntry:
+    """The entry `name` of a file that from now on is read-only, and synced to the disk."""
+    with path.open("rb", buffering=0) as file:
+        os.fchmod(file.fileno(), 0o444)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return FileEntry(name, os.fstat(file.fileno()).st_size, digest)
+
+
+def describe(path: Path, kind: str) -> Manifest:
+    """The manifest of an input: a folder's files that stages read (its top level; links are followed), or one file.
+
+    Nothing is copied. A folder that holds an exported artifact is checked against its manifest, which then is the
+    answer; CorruptError when it does not agree. LlmoptError when there is nothing to describe.
+    """
+    try:
+        if path.is_dir():
+            return _describe_folder(path, kind)
+        if path.is_file():
+            return Manifest(kind=kind, files=(_entry(path, _TEXT_NAME),))
+    except OSError as error:
+        raise LlmoptError(f"`{error.filename or path}` cannot be read: {error.strerror}") from error
+    raise LlmoptError(f"no file or folder at `{path}`", hint="check the path")
+
+
+def faults(
+    folder: Path, files: Iterable[FileEntry], same: Callable[[Path, FileEntry], bool]
+) -> tuple[list[str], list[FileEntry]]:
+    """What keeps `folder` from holding exactly `files`: odd paths, and files missing or not `same`.
+
+    A link never belongs there, be it to a file or to a folder, nor is it taken for `folder` itself.
+    """
+    if folder.is_symlink():
+        return [], list(files)
+    wanted = {entry.path: entry for entry in files}
+    folders = {parent for path in wanted for parent in parents(path)}
+    odd: list[str] = []
+    good: set[str] = set()
+    for path, mode in _walk(folder, folders):
+        entry = wanted.get(path)
+        if entry is not None and stat.S_ISREG(mode):
+            if same(folder / path, entry):
+                good.add(path)
+        elif path not in folders or not stat.S_ISDIR(mode):
+            odd.append(path)
+    return odd, [entry for path, entry in wanted.items() if path not in good]
+
+
+def same_bytes(path: Path, entry: FileEntry) -> bool:
+    """Whether the file has the size and the digest of the entry; one that cannot be read has not."""
+    try:
+        return path.stat().st_size == entry.size and sha256_file(path) == entry.sha256
+    except OSError:
+        return False
+
+
+def _walk(folder: Path, inside: set[str], under: str = "") -> Iterable[tuple[str, int]]:
+    """Every path and its mode (of links themselves), going down only into the folders `inside`."""
+    try:
+        found = sorted(os.scandir(folder / under), key=lambda item: item.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for item in found:
+        path = under + item.name
+        try:
+            mode = item.stat(follow_symlinks=False).st_mode
+        except FileNotFoundError:  # someone else has just removed it
+            continue
+        yield path, mode
+        if path in inside and stat.S_ISDIR(mode):
+            yield from _walk(folder, inside, f"{path}/")
+
+
+def _describe_folder(folder: Path, kind: str) -> Manifest:
+    names = sorted(file.name for file in folder.iterdir() if _counts(file.name, kind))
+    if (folder / MANIFEST_NAME).exists():
+        return _check_export(folder, names)
+    paths = [path for name in names if not (path := folder / name).is_dir()]
+    for path in paths:
+        if not path.exists():
+            raise LlmoptError(
+                f"`{path}` is a link to a file that is gone", hint="download the model again, or remove the link"
+            )
+        if not path.is_file():
+            raise LlmoptError(f"`{path}` is not a regular file", hint="remove it from the folder")
+    if not paths:
+        raise LlmoptError(
+            f"nothing that llmopt reads is in `{folder}`", hint="give the folder that holds config.json itself"
+        )
+    return Manifest(kind=kind, files=tuple(_entry(path, path.name) for path in paths))
+
+
+def _counts(name: str, kind: str) -> bool:
+    if name.startswith(".") or name == MANIFEST_NAME:
+        return False
+    suffixes = _SUFFIXES + (_ENGINE_SUFFIXES if kind == "engine" else ())
+    return name.endswith(suffixes) or name.startswith(_LICENCES)
+
+
+def _check_export(folder: Path, names: list[str]) -> Manifest:
+    """The manifest in a folder that `Store.export` or `Store.path` made, once its files are known to be as it says."""
+    hint = f"export it again; or delete its `{MANIFEST_NAME}` to use the folder as it is, under a new digest"
+    manifest = read_manifest(folder / MANIFEST_NAME, hint=hint)
+    listed = {entry.path for entry in manifest.files}
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            raise CorruptError(f"`{path}` is missing, which `{MANIFEST_NAME}` lists", hint=hint)
+        if not same_bytes(path, entry):
+            raise CorruptError(f"`{path}` is not the file that `{MANIFEST_NAME}` lists", hint=hint)
+    for name in names:
+        if name not in listed:
+            raise CorruptError(f"`{folder / name}` is not in `{MANIFEST_NAME}`", hint=hint)
+    return manifest
+
+
+def read_manifest(path: Path, *, hint: str) -> Manifest:
+    """The manifest in a file outside the store; CorruptError with the hint if it is none."""
+    try:
+        with path.open("rb") as file:
+            return Manifest.from_bytes(file.read(MAX_MANIFEST_BYTES + 1))
+    except CorruptError as error:
+        raise CorruptError(f"`{path}`: {error.message}", hint=hint) from error
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    return FileEntry(name, path.stat().st_size, sha256_file(path))
