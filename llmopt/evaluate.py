@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from llmopt.models.parallel import Workers
+
 OP_VERSION = 1
 _BATCH_TOKENS = 2048
 _HEAD_TOKENS = 512  # logits held at once: 512 x 128k entries of float32 are 256 MB
@@ -80,18 +82,22 @@ def evaluate(
     """Write eval.json to `out`. Without a base, only the model's own perplexity is measured."""
     import torch
 
+    from llmopt.models.parallel import Workers
     from llmopt.models.writer import write_json
 
     loaded = [open_model(path) for path in (model, base) if path is not None]
     tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))
-    with torch.no_grad():
-        hidden = [_hidden_states(each, tokens, progress) for each in loaded]
-        metrics = _compare(loaded, hidden, tokens)
+    with torch.no_grad(), Workers() as workers:
+        hidden = [
+            _hidden_states(each, tokens, workers, lambda line, role=role: progress(f"{role}, {line}"))  # type: ignore[misc]
+            for role, each in zip(("model", "base"), loaded, strict=False)
+        ]
+        metrics = _compare(loaded, hidden, tokens, workers)
     write_json(out / "eval.json", metrics)
     return Outcome(metrics=metrics)
 
 
-def _hidden_states(model: Source, tokens: torch.Tensor, progress: Progress) -> list[torch.Tensor]:
+def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progress: Progress) -> list[torch.Tensor]:
     """The final norm's outputs, one [T, H] a window."""
     import torch
 
@@ -105,48 +111,56 @@ def _hidden_states(model: Source, tokens: torch.Tensor, progress: Progress) -> l
     rotary = rotary_tables(config, tokens.shape[1])
     for index in range(config.layers):
         block = load_block(checkpoint, config, model.reader, index)
-        batches = [block.forward(x, rotary) for x in batches]
+        batches = list(workers.map(lambda x, block=block: block.forward(x, rotary), batches))  # type: ignore[misc]
         checkpoint.release()
-        progress(f"{checkpoint.path.name}: block {index + 1}/{config.layers}")
+        progress(f"block {index + 1}/{config.layers}")
     norm = load_float(checkpoint, f"{config.family.final_norm}.weight")
     return [window for x in batches for window in rms_norm(x, norm, config.norm_eps)]
 
 
-def _compare(models: list[Source], hidden: list[list[torch.Tensor]], tokens: torch.Tensor) -> dict[str, Any]:
+def _compare(
+    models: list[Source], hidden: list[list[torch.Tensor]], tokens: torch.Tensor, workers: Workers
+) -> dict[str, Any]:
     """Metrics of the first model, against the second where there is one."""
     import torch
 
     from llmopt.formats.dequantized import load_head
 
     heads = [load_head(m.checkpoint, m.config, m.reader) for m in models]
-    losses: list[list[torch.Tensor]] = [[] for _ in models]
-    divergence: list[torch.Tensor] = []
-    agreement: list[torch.Tensor] = []
-    for window, ids in enumerate(tokens):
-        for start in range(0, len(ids) - 1, _HEAD_TOKENS):
-            part = slice(start, min(start + _HEAD_TOKENS, len(ids) - 1))
-            target = ids[part.start + 1 : part.stop + 1, None]
-            logs = [
-                torch.log_softmax(states[window][part] @ head.T, dim=-1)
-                for states, head in zip(hidden, heads, strict=True)
-            ]
-            for log, loss in zip(logs, losses, strict=True):
-                loss.append(-log.gather(1, target)[:, 0])
-            if len(models) == 2:
-                own, base = logs
-                divergence.append((base.exp() * (base - own)).sum(dim=-1))
-                agreement.append(own.argmax(dim=-1) == base.argmax(dim=-1))
-    own_loss = torch.cat(losses[0]).double()
-    metrics: dict[str, Any] = {"tokens": own_loss.numel(), "perplexity": _rounded(math.exp(own_loss.mean()))}
-    if len(models) == 2:
-        kl = torch.cat(divergence).double()
+
+    def window(number: int) -> list[torch.Tensor]:
+        return _compare_window([states[number] for states in hidden], heads, tokens[number])
+
+    columns = [torch.cat(parts).double() for parts in zip(*workers.map(window, range(len(tokens))), strict=True)]
+    loss, rest = columns[0], columns[1:]
+    metrics: dict[str, Any] = {"tokens": loss.numel(), "perplexity": _rounded(math.exp(loss.mean()))}
+    if rest:
+        base_loss, divergence, agreement = rest
         metrics |= {
-            "base_perplexity": _rounded(math.exp(torch.cat(losses[1]).double().mean())),
-            "kl_mean": _rounded(float(kl.mean())),
-            "kl_p99": _rounded(float(kl.quantile(0.99))),
-            "top1_agreement": _rounded(float(torch.cat(agreement).double().mean())),
+            "base_perplexity": _rounded(math.exp(base_loss.mean())),
+            "kl_mean": _rounded(float(divergence.mean())),
+            "kl_p99": _rounded(float(divergence.quantile(0.99))),
+            "top1_agreement": _rounded(float(agreement.mean())),
         }
     return metrics
+
+
+def _compare_window(hidden: list[torch.Tensor], heads: list[torch.Tensor], ids: torch.Tensor) -> list[torch.Tensor]:
+    """For each position of one window: the first model's loss; with a second its loss, the KL and the agreement."""
+    import torch
+
+    parts: list[list[torch.Tensor]] = []
+    for start in range(0, len(ids) - 1, _HEAD_TOKENS):
+        part = slice(start, min(start + _HEAD_TOKENS, len(ids) - 1))
+        target = ids[part.start + 1 : part.stop + 1, None]
+        logs = [torch.log_softmax(states[part] @ head.T, dim=-1) for states, head in zip(hidden, heads, strict=True)]
+        found = [-log.gather(1, target)[:, 0] for log in logs]
+        if len(logs) == 2:
+            own, base = logs
+            found.append((base.exp() * (base - own)).sum(dim=-1))
+            found.append((own.argmax(dim=-1) == base.argmax(dim=-1)).float())
+        parts.append(found)
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _rounded(value: float) -> float:

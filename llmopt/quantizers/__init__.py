@@ -40,13 +40,14 @@ def quantize(
     model: Path, settings: QuantizeSettings, calibration: Path | None, out: Path, progress: Progress
 ) -> Outcome:
     """Write the quantized checkpoint to `out`, an empty folder. Peak memory is one block and the calibration set."""
+    from llmopt.models.parallel import Workers
     from llmopt.quantizers.driver import Driver
 
     checkpoint = Checkpoint.open(model)
     config = DecoderConfig.read(checkpoint)
     tokens = calibration_windows(model, settings, config, calibration) if settings.needs_calibration else None
-    with Driver(checkpoint, config, settings, tokens, progress) as driver:
-        return driver.run(out)
+    with Workers() as workers:
+        return Driver(checkpoint, config, settings, tokens, workers, progress).run(out)
 
 
 def calibration_windows(

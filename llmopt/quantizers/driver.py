@@ -7,12 +7,7 @@ with one BLAS thread each, and are reduced in their order: the bytes do not depe
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +21,7 @@ from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
 from llmopt.models.families import Site
+from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.methods import Context, Scaler, method_of
@@ -34,9 +30,6 @@ from llmopt.quantizers.settings import QuantizeSettings
 
 _BATCH_TOKENS = 4096  # of one forward pass and one partial Hessian
 _ROWS = 1024  # rounded together; fixed, so that the partition never depends on the machine
-
-_T = TypeVar("_T")
-_U = TypeVar("_U")
 
 
 class Driver:
@@ -48,25 +41,16 @@ class Driver:
         config: DecoderConfig,
         settings: QuantizeSettings,
         windows: np.ndarray | None,
+        workers: Workers,
         progress: Progress,
     ) -> None:
         self._checkpoint, self._config, self._settings, self._progress = checkpoint, config, settings, progress
-        self._windows = windows
+        self._windows, self._map = windows, workers.map
         self._scheme = settings.method.scheme
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
         self._events: list[str] = []
         self._errors: dict[str, float] = {}
-
-    def __enter__(self) -> Driver:
-        self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
 
     @torch.no_grad()
     def run(self, out: Path) -> Outcome:
@@ -249,16 +233,6 @@ class Driver:
 
     def _linears(self) -> frozenset[str]:
         return frozenset(name for site in self._config.family.sites for name in site.linears)
-
-    def _map(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-        """In order, on all cores, no more than two results ahead a core: partial Hessians are large."""
-        guarded = torch.no_grad()(function)  # grad mode is a thread's own
-        todo, ahead = list(items), 2 * len(os.sched_getaffinity(0))
-        waiting = [self._pool.submit(guarded, item) for item in todo[:ahead]]
-        for position in range(len(todo)):
-            yield waiting.pop(0).result()
-            if position + ahead < len(todo):
-                waiting.append(self._pool.submit(guarded, todo[position + ahead]))
 
 
 def to_torch(stored: Stored) -> torch.Tensor:

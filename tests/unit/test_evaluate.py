@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_a_model_does_not_differ_from_itself(tiny: Path, text: Path, tmp_path: P
     got = run(tiny, tiny, text, tmp_path)
     assert (got["kl_mean"], got["top1_agreement"]) == (0.0, 1.0)
     assert json.loads((tmp_path / "eval.json").read_text()) == got
+
+
+def test_figures_do_not_depend_on_the_number_of_cores(
+    make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, found = make_checkpoint("llama", seed=1), make_checkpoint("llama", seed=2), []
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        run(one, two, text, tmp_path)
+        found.append((tmp_path / "eval.json").read_bytes())
+    assert len(set(found)) == 1
 
 
 def test_without_a_base_there_is_perplexity_only(tiny: Path, text: Path, tmp_path: Path) -> None:

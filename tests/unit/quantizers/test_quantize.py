@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats import open_quantized
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
+from llmopt.models.parallel import Workers
 from llmopt.quantizers import driver as driver_module
 
 SMALL = {"samples": 8, "seq_len": 64}
@@ -109,7 +111,7 @@ def test_transformers_computes_our_int8_logits(
     assert ours.metrics["top1_agreement"] > 0.9  # type: ignore[operator]
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", "ignore:You passed `quantization_config`:UserWarning")
 def test_transformers_reads_our_zero_points(tiny: Path, text: Path, tmp_path: Path) -> None:
     from transformers import CompressedTensorsConfig
 
@@ -154,7 +156,7 @@ def test_bytes_do_not_depend_on_the_number_of_cores(
     model = make_checkpoint("llama")
     digests = set()
     for cores in (1, 2, 3):
-        monkeypatch.setattr(driver_module.os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: set(range(n)))
         quantize(model, text, tmp_path / str(cores), **settings)
         digests.add(digest(tmp_path / str(cores)))
     assert len(digests) == 1
@@ -177,7 +179,8 @@ def test_folding_scales_changes_no_logits(
     config = DecoderConfig.read(checkpoint)
     settings = quantizers.resolve({"method": method, **SMALL})
     tokens = quantizers.calibration_windows(model, settings, config, text)
-    with torch.no_grad(), driver_module.Driver(checkpoint, config, settings, tokens, silent) as driver:
+    with torch.no_grad(), Workers() as workers:
+        driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent)
         block = driver_module.load_block(checkpoint, config, None, 0)
         x, rotary = driver._embed()[0], driver_module.rotary_tables(config, 64)
         driver._rotary = rotary

@@ -1,0 +1,71 @@
+"""How near each method stays to the base, by KL divergence on the held-out text: the table in README.md."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmopt import evaluate, quantizers
+from llmopt.artifacts.outcome import silent
+from llmopt.profiles import CALIBRATION_TEXT, HELDOUT_TEXT
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(3000)]
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+W4 = {"bits": 4, "group_size": 128}
+W8A8 = {"method": "rtn", "bits": 8, "group_size": -1}
+RUNS: dict[str, dict[str, Any]] = {
+    "RTN W4 sym": {"method": "rtn", **W4},
+    "GPTQ W4 sym": {"method": "gptq", **W4},
+    "AWQ W4 sym": {"method": "awq", "symmetric": True, **W4},
+    "RTN W4 asym": {"method": "rtn", "symmetric": False, **W4},
+    "GPTQ W4 asym": {"method": "gptq", "symmetric": False, **W4},
+    "AWQ W4 asym": {"method": "awq", **W4},
+    "GPTQ W3 sym": {"method": "gptq", "bits": 3},
+    "W8A8 naive dynamic": {**W8A8, "activations": "dynamic"},
+    "W8A8 naive static": {**W8A8, "activations": "static"},
+    "W8A8 SmoothQuant dynamic": {"method": "smoothquant"},
+    "W8A8 SmoothQuant static": {"method": "smoothquant", "activations": "static"},
+}
+
+
+@pytest.fixture(scope="module")
+def outlier_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = importlib.util.spec_from_file_location("outliers", DEMO / "outliers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("outliers") / "model"
+    module.add_outliers(DEMO / "model", folder)
+    return folder
+
+
+def measure(base: Path, scratch: Path) -> dict[str, float]:
+    """KL x 1e-3 of each run against `base`."""
+    found = {}
+    for number, (name, settings) in enumerate(RUNS.items()):
+        resolved = quantizers.resolve(settings)
+        out = scratch / str(number)
+        out.mkdir()
+        quantizers.quantize(base, resolved, CALIBRATION_TEXT, out, silent)
+        outcome = evaluate.evaluate(out, base, HELDOUT_TEXT, evaluate.resolve({}), scratch, silent)
+        found[name] = float(outcome.metrics["kl_mean"]) * 1e3  # type: ignore[arg-type]
+    return found
+
+
+def test_quality(outlier_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain, outliers = measure(DEMO / "model", tmp_path / "a"), measure(outlier_model, tmp_path / "b")
+    print("\nmean KL x 1e-3         ", "demo model", "with outliers", sep="  ")
+    for name in RUNS:
+        print(f"{name:25}  {plain[name]:10.3f}  {outliers[name]:13.3f}")
+    assert plain["GPTQ W4 sym"] <= plain["RTN W4 sym"] / 4
+    assert outliers["AWQ W4 sym"] < outliers["RTN W4 sym"] / 2
+    assert outliers["AWQ W4 asym"] < outliers["RTN W4 asym"] / 2
+    assert outliers["W8A8 SmoothQuant dynamic"] <= outliers["W8A8 naive dynamic"] / 10
+    assert outliers["W8A8 SmoothQuant static"] <= outliers["W8A8 naive static"] / 10
