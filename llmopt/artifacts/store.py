@@ -104,6 +104,8 @@ class Store:
             disk.sync_folders([self._blob(entry.sha256) for entry in manifest.files], self.root)
             if _read(self._manifest(manifest.hex)) != data:
                 disk.publish(data, self._manifest(manifest.hex), aside=aside, root=self.root)
+            else:  # whoever wrote it may have been cut off before this
+                disk.sync_folders([self._manifest(manifest.hex)], self.root)
             if attestation is not None:
                 self._attest(manifest, canonical_json(attestation(manifest)), aside)
             if action is not None:
@@ -123,7 +125,7 @@ class Store:
     def check_name(name: str) -> None:
         """Raise SettingsError for what cannot be a name, or could be taken for a digest."""
         if _PREFIX.fullmatch(name):
-            raise SettingsError(f"the name `{name}` looks like a digest", hint="put a letter after `f` in it, or a `-`")
+            raise SettingsError(f"the name `{name}` looks like a digest", hint="add a letter past `f`, or a `-`")
         if not _NAME.fullmatch(name):
             raise SettingsError(
                 f"`{name}` cannot be a name", hint="letters, digits, `.`, `_` and `-`, at most 128, no sign first"
