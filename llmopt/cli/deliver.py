@@ -1,0 +1,84 @@
+"""What happens with a stage's result: printed, named, copied out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmopt.artifacts.disk import byte_size
+from llmopt.artifacts.export import check_out
+from llmopt.artifacts.outcome import Json, Progress
+
+if TYPE_CHECKING:
+    from llmopt.cli.options import Session
+    from llmopt.pipeline.runner import StageResult
+
+
+class Delivery:
+    """Made before the work, so that a folder or a name that cannot be used is found before it and not after."""
+
+    def __init__(self, session: Session, *, out: str | None, name: str | None) -> None:
+        self._session, self._name = session, name
+        self._out = None if out is None else Path(out)
+        if self._out is not None:
+            check_out(self._out)
+        if name is not None:
+            session.store.check_name(name)
+
+    def deliver(self, result: StageResult) -> None:
+        """Name and copy the artifact as asked, then print the result."""
+        store = self._session.store
+        if self._name is not None:
+            store.set_name(self._name, result.artifact)
+        if self._out is not None:
+            store.export(result.artifact, self._out)
+        self._session.console.result("\n".join(_lines(result, self._name)), result.to_json())
+
+    def keep(self, staged: Path) -> None:
+        """What a measurement that ended early has written goes to `--out` if that was given."""
+        if self._out is not None:
+            keep_report(staged, self._out, self._session.console.progress)
+
+
+def keep_report(staged: Path, out: Path, progress: Progress) -> None:
+    """Copy what there is of a report, as it is no artifact without a manifest. Raises nothing: an error is on its way.
+
+    A folder with something in it, an artifact that was exported before, is left as it is.
+    """
+    import shutil
+
+    try:
+        if not any(staged.iterdir()):
+            return
+        if out.exists() and any(out.iterdir()):
+            progress(f"the unfinished report is not kept: `{out}` is not empty")
+            return
+        shutil.copytree(staged, out, dirs_exist_ok=True)
+    except OSError as error:
+        progress(f"the unfinished report could not be kept in `{out}`: {error.strerror or error}")
+    else:
+        progress(f"the unfinished report is in `{out}`")
+
+
+def _lines(result: StageResult, name: str | None) -> Iterator[str]:
+    """What a stage came to, for people."""
+    took = "cached" if result.cached else f"{result.seconds:.1f} s"
+    yield f"artifact  {result.artifact}" + (f" ({name})" if name else "")
+    yield f"kind      {result.kind}, {result.status}, {byte_size(result.bytes)}, {took}"
+    yield f"path      {result.path}"
+    for key, value in _flat(dict(result.metrics)):
+        yield f"{key}: {value}"
+    for event in result.events:
+        yield f"note: {event}"
+    if not result.reproducible:
+        yield "note: not reproducible: the same action has given different results"
+
+
+def _flat(metrics: Json, prefix: str = "") -> Iterator[tuple[str, Json]]:
+    """Nested figures by their dotted names."""
+    if not isinstance(metrics, dict):
+        yield prefix, metrics
+        return
+    for key, value in metrics.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else key)

@@ -1,0 +1,40 @@
+"""`llmopt eval`: how good a model is, and how far from its base."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from llmopt.cli import options as opt
+
+
+def evaluate(
+    model: Annotated[str, opt.argument(metavar="MODEL")],
+    against: Annotated[
+        str | None,
+        opt.option("--against", metavar="BASE", help="The model it was made from, for KL and top-1 agreement."),
+    ] = None,
+    profile: opt.Profile = None,
+    text: Annotated[
+        str | None, opt.option("--text", metavar="FILE", help="Text to predict; by default that of the package.")
+    ] = None,
+    windows: Annotated[
+        int | None, opt.option("--windows", metavar="N", help="Stretches of text, from its start.")
+    ] = None,
+    seq_len: Annotated[int | None, opt.option("--seq-len", metavar="L", help="Tokens in each of them.")] = None,
+    out: opt.Out = None,
+    name: opt.Name = None,
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Measure MODEL's perplexity and, against a base, KL divergence and top-1 agreement."""
+    from llmopt.cli.deliver import Delivery
+    from llmopt.pipeline import inputs, runner, stages
+
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    delivery = Delivery(session, out=out, name=name)
+    base = None if against is None else inputs.resolve(session.store, against)
+    settings = opt.settings(profile, "eval", text=text, windows=windows, seq_len=seq_len)
+    stage = stages.evaluate(inputs.resolve(session.store, model), base, settings)
+    delivery.deliver(runner.run(session.store, stage, session.console.progress))

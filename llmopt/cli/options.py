@@ -1,0 +1,79 @@
+"""The options that several commands share, and how a command starts from them.
+
+Every setting is None unless given, so that after the flag and the environment (`LLMOPT_<COMMAND>_<OPTION>`) a profile
+and at last the stage's own default can speak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmopt.cli.console import Console, start
+from llmopt.errors import SettingsError
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
+
+#: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
+option = partial(typer.Option, show_envvar=False)
+#: Usage and description of a command name its arguments, so its help has no list of them.
+argument = partial(typer.Argument, hidden=True)
+
+Profile = Annotated[
+    str | None, option("--profile", metavar="P", help="Settings to start from: a shipped profile, or a YAML file.")
+]
+Out = Annotated[str | None, option("--out", metavar="DIR", help="Also copy the artifact into this folder.")]
+Name = Annotated[str | None, option("--name", metavar="NAME", help="Also give the artifact this name in the store.")]
+Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
+
+# Every command has these four, and makes its session of them.
+StoreFolder = Annotated[
+    str | None,
+    option("--store", envvar="LLMOPT_STORE", metavar="DIR", help="The artifacts [default: the user data folder]."),
+]
+Json = Annotated[bool, option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No progress on stderr.")]
+Verbose = Annotated[bool, option("--verbose", "-v", help="Times on stderr, and tracebacks of errors.")]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every command has: somewhere to speak, and the store (opened when first asked for)."""
+
+    console: Console
+    store_location: str | None
+
+    @cached_property
+    def store(self) -> Store:
+        from llmopt.artifacts.store import Store
+
+        return Store.open(self.store_location)
+
+
+def session(store: str | None, *, json: bool, quiet: bool, verbose: bool) -> Session:
+    """The first thing in a command: from here on, errors too are told as these flags ask."""
+    return Session(start(as_json=json, quiet=quiet, verbose=verbose), store)
+
+
+def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any]:
+    """The settings of one stage: a profile's section, under the options that were given."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if profile is None:
+        return given
+    from llmopt import profiles
+
+    return profiles.load(profile).section(section) | given
+
+
+def integers(flag: str, text: str | None) -> list[int] | None:
+    """`1,4,16`, the value of `flag`, as a list."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(
+            f"`{flag} {text}` is not a list of whole numbers", hint=f"for example `{flag} 1,4,16`"
+        ) from None

@@ -1,0 +1,83 @@
+"""`llmopt quantize`: a quantized model from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from llmopt.cli import options as opt
+
+
+def quantize(
+    model: Annotated[str, opt.argument(metavar="MODEL")],
+    profile: opt.Profile = None,
+    method: Annotated[
+        str | None, opt.option("--method", metavar="M", help="gptq (the default), awq, smoothquant or rtn.")
+    ] = None,
+    bits: Annotated[int | None, opt.option("--bits", metavar="N", help="2 to 8.")] = None,
+    group_size: Annotated[
+        int | None, opt.option("--group-size", metavar="G", help="Weights that share a scale; -1: a whole row.")
+    ] = None,
+    symmetric: Annotated[
+        bool | None, opt.option("--symmetric/--asymmetric", help="Without zero points, or with.")
+    ] = None,
+    act_order: Annotated[
+        bool | None, opt.option("--act-order/--no-act-order", help="gptq: columns of large activations first.")
+    ] = None,
+    damping: Annotated[
+        float | None,
+        opt.option("--damping", metavar="X", help="gptq: added to the Hessian, as a share of its mean."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        opt.option("--alpha", metavar="X", help="smoothquant: share of the difficulty moved to weights."),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        opt.option("--activations", metavar="A", help="rtn, smoothquant: int8 inputs, dynamic or static."),
+    ] = None,
+    format: Annotated[
+        str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq or awq.")
+    ] = None,
+    calib: Annotated[
+        str | None, opt.option("--calib", metavar="FILE", help="Calibration text; by default that of the package.")
+    ] = None,
+    samples: Annotated[int | None, opt.option("--samples", metavar="N", help="Calibration sequences.")] = None,
+    seq_len: Annotated[int | None, opt.option("--seq-len", metavar="L", help="Tokens in each of them.")] = None,
+    seed: opt.Seed = None,
+    lm_head: Annotated[bool | None, opt.option("--lm-head/--no-lm-head", help="Quantize the output layer too.")] = None,
+    out: opt.Out = None,
+    name: opt.Name = None,
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Quantize MODEL: a checkpoint folder, an artifact id or a name.
+
+    The result is an artifact in the store; the same inputs and settings give it again without any work.
+    """
+    from llmopt.cli.deliver import Delivery
+    from llmopt.pipeline import inputs, runner, stages
+
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    delivery = Delivery(session, out=out, name=name)
+    source = inputs.resolve(session.store, model)
+    settings = opt.settings(
+        profile,
+        "quantize",
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        act_order=act_order,
+        damping=damping,
+        alpha=alpha,
+        activations=activations,
+        format=format,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        lm_head=lm_head,
+    )
+    delivery.deliver(runner.run(session.store, stages.quantize(source, settings), session.console.progress))

@@ -1,0 +1,54 @@
+"""`llmopt run`: a whole pipeline, of which only what the store lacks is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from llmopt.cli import options as opt
+
+
+def run(
+    pipeline: Annotated[str, opt.argument(metavar="PIPELINE")],
+    overrides: Annotated[
+        list[str] | None,
+        opt.option(
+            "--set", envvar="LLMOPT_RUN_SET", metavar="KEY=VALUE", help="As in `quantize.bits=3`, `model=FOLDER`."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, opt.option("--dry-run", help="Only say what is in the store and what is to do.")] = False,
+    explain: Annotated[bool, opt.option("--explain", help="Say why a stage is not in the store.")] = False,
+    out: Annotated[
+        str | None,
+        opt.option("--out", metavar="DIR", help="Also copy each stage's artifact into a folder of this one."),
+    ] = None,
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """Quantize, compile, evaluate and load-test a model as PIPELINE says: a YAML file, or a shipped profile.
+
+    Only what the store does not have is done.
+    """
+    from llmopt.artifacts.export import check_out
+    from llmopt.cli import summary
+    from llmopt.cli.deliver import keep_report
+    from llmopt.pipeline import plan
+
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    wanted = plan.load(pipeline, overrides or ())
+    folders = {} if out is None or dry_run else {name: Path(out) / name for name in wanted.steps}
+    for folder in folders.values():
+        check_out(folder)
+
+    def keep(step: str, staged: Path) -> None:
+        if step in folders:
+            keep_report(staged, folders[step], session.console.progress)
+
+    result = plan.run(session.store, wanted, session.console.progress, dry_run=dry_run, why=explain, keep=keep)
+    for step in result.steps:
+        if step.name in folders and step.result is not None:
+            session.store.export(step.result.artifact, folders[step.name])
+    session.console.result(summary.planned(result) if dry_run else summary.text(result), summary.value(result))
+    return summary.exit_code(result)

@@ -1,0 +1,174 @@
+"""`llmopt store`: the artifacts that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from json import loads
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmopt.cli import options as opt
+from llmopt.cli.tables import table
+from llmopt.errors import Exit, LlmoptError, nearest
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.manifest import Manifest
+    from llmopt.artifacts.store import Store
+
+
+app = typer.Typer(
+    name="store",
+    help="List, show, verify, name and export artifacts.\n\n"
+    "An ARTIFACT is an id, its first 8 digits or more, or a name.",
+)
+
+Artifact = Annotated[str, opt.argument(metavar="ARTIFACT")]
+
+
+@app.command("ls")
+def list_artifacts(
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """List the artifacts, the newest first."""
+    import time
+
+    from llmopt.artifacts.disk import byte_size
+
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    names = _names(session.store)
+    found = session.store.ls()
+    rows = [["ARTIFACT", "KIND", "MADE BY", "NAMES", "STORED", "SIZE"]]
+    for manifest, created_s in found:
+        stored = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_s))
+        operation = manifest.action.op if manifest.action else "-"
+        labels = " ".join(names.get(manifest.id, ["-"]))
+        rows.append([manifest.id[:19], manifest.kind, operation, labels, stored, byte_size(manifest.size)])
+    listed = [
+        {
+            "artifact": manifest.id,
+            "kind": manifest.kind,
+            "status": manifest.status,
+            "op": manifest.action.op if manifest.action else None,
+            "names": names.get(manifest.id, []),
+            "bytes": manifest.size,
+            "created": created_s,
+        }
+        for manifest, created_s in found
+    ]
+    unlisted = len(session.store.ids()) - len(found)
+    if unlisted:
+        session.console.progress(f"{unlisted} damaged and not listed: see `llmopt store verify`")
+    session.console.result(table(rows, left=5), {"store": str(session.store.root), "artifacts": listed})
+
+
+@app.command("show")
+def show(
+    artifact: Artifact,
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show what ARTIFACT was made from, with what and by whom, and its files."""
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    manifest = session.store.get(_resolve(session.store, artifact))
+    value = {
+        "artifact": manifest.id,
+        "names": _names(session.store).get(manifest.id, []),
+        "manifest": loads(manifest.to_bytes()),
+        "attestations": session.store.attestations(manifest.id),
+    }
+    session.console.result("\n".join(_lines(manifest, value)), value)
+
+
+@app.command("verify")
+def verify(
+    artifact: Annotated[str | None, opt.argument(metavar="ARTIFACT")] = None,
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """Read every byte of ARTIFACT, or of all, again and compare it with its digest. Exits with 4 if one differs."""
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    ids = session.store.ids() if artifact is None else [_resolve(session.store, artifact)]
+    problems = {id_: found for id_ in ids if (found := session.store.verify(id_))}
+    lines = [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
+    verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are whole"
+    session.console.result("\n".join([*lines, verdict]), {"verified": len(ids), "problems": problems})
+    return int(Exit.VERIFICATION_FAILED if problems else Exit.OK)
+
+
+@app.command("name")
+def give_name(
+    artifact: Artifact,
+    name: Annotated[str, opt.argument(metavar="NAME")],
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Let NAME stand for ARTIFACT from now on."""
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    found = _resolve(session.store, artifact)
+    session.store.set_name(name, found)
+    session.console.result(f"{name} {found}", {"name": name, "artifact": found})
+
+
+@app.command("export")
+def export(
+    artifact: Artifact,
+    folder: Annotated[str, opt.argument(metavar="FOLDER")],
+    store: opt.StoreFolder = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Copy ARTIFACT, verified, into the new folder FOLDER."""
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    found = _resolve(session.store, artifact)
+    session.store.export(found, Path(folder))
+    session.console.result(f"{folder} {found}", {"path": folder, "artifact": found})
+
+
+def _resolve(store: Store, reference: str) -> str:
+    found = store.resolve(reference)
+    if found is None:
+        names = store.names()
+        hint = nearest(reference, names) if names else "`llmopt store ls` lists the artifacts"
+        raise LlmoptError(f"no artifact `{reference}` in the store `{store.root}`", hint=hint)
+    return found
+
+
+def _names(store: Store) -> dict[str, list[str]]:
+    """The names of each artifact."""
+    found: dict[str, list[str]] = {}
+    for name, artifact in sorted(store.names().items()):
+        found.setdefault(artifact, []).append(name)
+    return found
+
+
+def _lines(manifest: Manifest, value: Mapping[str, Any]) -> Iterator[str]:
+    from llmopt.artifacts.disk import byte_size
+
+    yield f"artifact  {manifest.id}"
+    yield f"kind      {manifest.kind}, {manifest.status}, {byte_size(manifest.size)}"
+    if value["names"]:
+        yield f"names     {' '.join(value['names'])}"
+    if manifest.action is not None:
+        action = manifest.action
+        yield f"made by   {action.op} (version {action.op_version}), key {action.key}"
+        for part in ("inputs", "settings", "deps", "target"):
+            yield from (f"{part:<9} {name}: {item}" for name, item in sorted(getattr(action, part).items()))
+        yield f"code      {action.code}"
+    yield from (f"metric    {name}: {figure}" for name, figure in manifest.metrics.items())
+    yield from (f"event     {event}" for event in manifest.events)
+    for statement in value["attestations"]:
+        run = statement.get("predicate", {}).get("runDetails", {}).get("metadata", {})
+        yield f"run       {run.get('startedOn')} to {run.get('finishedOn')} on {run.get('llmopt_host')}"
+    yield from (f"file      {file.sha256[:12]} {file.size:>12} {file.path}" for file in manifest.files)

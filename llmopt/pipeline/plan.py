@@ -1,0 +1,206 @@
+"""`llmopt run`: a pipeline becomes a chain of stages, each an action that is in the store already or has to be done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmopt import profiles
+from llmopt.artifacts.outcome import Json, Progress
+from llmopt.errors import SettingsError, nearest
+from llmopt.pipeline import inputs, runner, stages
+from llmopt.pipeline.explain import explain
+from llmopt.pipeline.inputs import Input
+from llmopt.pipeline.runner import Stage, StageResult
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What to do with which model; every section holds settings that its stage takes."""
+
+    name: str
+    model: str
+    sections: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What there is to do, in this order."""
+        base = ("compile-base",) if self.sections.get("bench", {}).get("against") == "base" else ()
+        steps = {"quantize": (), "compile": base, "eval": (), "bench": ()}
+        return tuple(step for name, more in steps.items() if name in self.sections for step in (name, *more))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage of a run: its result, or what is known of it without doing it."""
+
+    name: str
+    op: str | None = None
+    key: str | None = None  # None: it depends on an artifact that is not there yet
+    waits_for: str | None = None  # the step that makes that artifact
+    result: StageResult | None = None
+    differs: tuple[str, ...] = ()  # from the nearest stored action: why this one is not a hit
+
+    def to_json(self) -> dict[str, Json]:
+        about: dict[str, Json] = {"stage": self.name, "op": self.op, "action": self.key, "cached": False}
+        if self.waits_for:
+            about["waits_for"] = self.waits_for
+        if self.differs:
+            about["differs"] = list(self.differs)
+        return about | (self.result.to_json() if self.result else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What became of a pipeline. `model_bytes` is the size of the model that it started from."""
+
+    pipeline: str
+    model_bytes: int
+    steps: Sequence[Step]
+
+    def step(self, name: str) -> Step | None:
+        return next((step for step in self.steps if step.name == name), None)
+
+    def metrics(self, name: str) -> Mapping[str, Json]:
+        """Of the step's result; empty where there is none."""
+        step = self.step(name)
+        return step.result.metrics if step is not None and step.result is not None else {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """In place of an input: the artifact that `step` has not made yet."""
+
+    step: str
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline file or a shipped profile, apply `key.sub=value` overrides and check every setting."""
+    profile = profiles.load(reference)
+    for override in overrides:
+        profile = _override(profile, override)
+    if profile.model is None:
+        raise SettingsError(
+            f"the pipeline `{reference}` names no model", hint="`--set model=FOLDER`, or write `model:` in it"
+        )
+    sections = profile.sections
+    if not sections:
+        raise SettingsError(f"the pipeline `{reference}` has no stage", hint=nearest("", profiles.SECTIONS))
+    for name in sections:
+        resolved(profile, name)
+    if "bench" in sections and "compile" not in sections:
+        raise SettingsError("`bench` measures an engine, and nothing compiles one", hint="add a section `compile:`")
+    pipeline = Pipeline(name=profile.name, model=profile.model, sections=sections)
+    if "compile-base" in pipeline.steps and "quantize" not in sections:
+        raise SettingsError("`bench.against: base` needs a quantized model to set against it", hint="add `quantize:`")
+    return pipeline
+
+
+def run(
+    store: Store,
+    pipeline: Pipeline,
+    progress: Progress,
+    *,
+    dry_run: bool = False,
+    why: bool = False,
+    keep: Callable[[str, Path], None] | None = None,
+) -> Run:
+    """Do every stage that the store has no result of, or with `dry_run` only say which those are.
+
+    `why` finds out what separates a miss from what the store has. `keep` is that of `runner.execute`, called with the
+    step's name too.
+    """
+    chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep)
+    steps, sections = pipeline.steps, pipeline.sections
+    source = inputs.resolve(store, pipeline.model)
+    base: Input | _Pending = source
+    model = base
+    engines: dict[str, Input | _Pending] = {}
+    if "quantize" in steps:
+        model = chain.step("quantize", lambda base: stages.quantize(base, sections["quantize"]), base)
+    if "compile" in steps:
+        engines["candidate"] = chain.step("compile", lambda model: stages.compile_(model, sections["compile"]), model)
+    if "compile-base" in steps:
+        engines["baseline"] = chain.step("compile-base", lambda base: stages.compile_(base, sections["compile"]), base)
+    if "eval" in steps:
+        pair = (model, base) if "quantize" in steps else (model,)
+        chain.step("eval", lambda model, base=None: stages.evaluate(model, base, sections["eval"]), *pair)
+    if "bench" in steps:
+        chain.step(
+            "bench",
+            lambda *loads: stages.bench(dict(zip(engines, loads, strict=True)), sections["bench"]),
+            *engines.values(),
+        )
+    return Run(pipeline=pipeline.name, model_bytes=source.bytes, steps=chain.steps)
+
+
+class _Chain:
+    def __init__(
+        self, store: Store, progress: Progress, *, dry_run: bool, why: bool, keep: Callable[[str, Path], None] | None
+    ) -> None:
+        self.steps: list[Step] = []
+        self._store, self._progress, self._dry_run, self._why, self._keep = store, progress, dry_run, why, keep
+
+    def step(self, name: str, make: Callable[..., Stage], *needs: Input | _Pending) -> Input | _Pending:
+        """Do, find or only describe one stage; what comes back is the input of the next."""
+        step, product = self._take(name, make, needs)
+        self.steps.append(step)
+        return product
+
+    def _take(
+        self, name: str, make: Callable[..., Stage], needs: Sequence[Input | _Pending]
+    ) -> tuple[Step, Input | _Pending]:
+        for need in needs:
+            if isinstance(need, _Pending):
+                return Step(name=name, waits_for=need.step), _Pending(name)
+        stage = make(*needs)
+        op, key = stage.action.op, stage.action.key
+        result = runner.find(self._store, stage, self._progress)
+        differs = explain(self._store, stage.action) if self._why and result is None else ()
+        if result is None and self._dry_run:
+            stage.check()
+            return Step(name=name, op=op, key=key, differs=differs), _Pending(name)
+        if result is None:
+            for line in differs:
+                self._progress(f"{name}: {line}")
+            keep = None if self._keep is None else partial(self._keep, name)
+            result = runner.execute(self._store, stage, lambda line: self._progress(f"{name}: {line}"), keep=keep)
+        return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
+
+
+def _override(profile: profiles.Profile, override: str) -> profiles.Profile:
+    """`quantize.bits=3` or `model=demo/model`; a path is relative to the current folder."""
+    path, equals, text = override.partition("=")
+    section, dot, key = path.partition(".")
+    if not equals or (dot and not key):
+        raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set quantize.bits=3`")
+    if path == "model":
+        return dataclasses.replace(profile, model=text)
+    if section not in profiles.SECTIONS:
+        known = ["model", *(f"{name}.{key}" for name, values in profile.sections.items() for key in values)]
+        raise SettingsError(f"`--set {override}`: a pipeline has no section `{section}`", hint=nearest(path, known))
+    if not dot:
+        raise SettingsError(f"`--set {override}` names no setting", hint=f"for example `--set {section}.key=value`")
+    sections = {name: dict(values) for name, values in profile.sections.items()}
+    sections.setdefault(section, {})[key] = profiles.parse_value(text)
+    return dataclasses.replace(profile, sections=sections, origins={**profile.origins, path: f"--set {path}"})
+
+
+def resolved(profile: profiles.Profile, section: str) -> dict[str, Json]:
+    """The section with every default; what its stage would refuse is refused, with the file and line it is in."""
+    values = profile.section(section)
+    try:
+        if section == "bench" and values.get("against", "base") != "base":
+            raise SettingsError(f"`bench.against` cannot be `{values['against']}`", hint="known: `base`")
+        return stages.settings_of(section, values)
+    except SettingsError as error:
+        named = (key for key in values if f"`{key}`" in error.message or f".{key}`" in error.message)
+        origin = profile.origins.get(f"{section}.{next(named, None)}", profile.origins.get(section))
+        raise SettingsError(f"{origin}: {error.message}" if origin else error.message, hint=error.hint) from None

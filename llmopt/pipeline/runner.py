@@ -1,0 +1,125 @@
+"""Run a stage: look for its result in the store, else do the work and publish it.
+
+A hit is verified before it is believed. What turns out to be damaged is said aloud and made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmopt.artifacts.attestation import attest
+from llmopt.artifacts.manifest import Action, Manifest
+from llmopt.artifacts.outcome import Json, Outcome, Progress
+from llmopt.errors import CorruptError
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """An action and what carries it out. `check` finds what is wrong before the work, from small files only."""
+
+    kind: str
+    action: Action
+    check: Callable[[], None]
+    produce: Callable[[Path, Progress], Outcome]
+    repeatable: bool = True  # the same action gives the same bytes; a measurement does not
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage came to; its fields are those of `--json`.
+
+    `path` is a folder of the store, to be read only. `seconds` is what this process spent on it, a look-up included.
+    `reproducible` is false once the same action has given two different results.
+    """
+
+    artifact: str
+    action: str
+    cached: bool
+    kind: str
+    status: str
+    path: str
+    bytes: int
+    seconds: float
+    metrics: Mapping[str, Json]
+    events: tuple[str, ...]
+    reproducible: bool
+
+    def to_json(self) -> dict[str, Json]:
+        return {**vars(self), "metrics": dict(self.metrics), "events": list(self.events)}
+
+
+def run(
+    store: Store, stage: Stage, progress: Progress, *, anew: bool = False, keep: Callable[[Path], None] | None = None
+) -> StageResult:
+    """The result of a stage: the stored one where there is one and it is whole (unless `anew`), else made here."""
+    found = None if anew else find(store, stage, progress)
+    return execute(store, stage, progress, keep=keep) if found is None else found
+
+
+def find(store: Store, stage: Stage, progress: Progress) -> StageResult | None:
+    """The stored result, every byte of it checked; a damaged one is told and taken for none."""
+    start = time.monotonic()
+    try:
+        manifest = store.find(stage.action.key)
+    except CorruptError as error:
+        progress(f"the stored result is damaged and will be made again: {error.message}")
+        return None
+    return None if manifest is None else _result(store, stage, manifest, progress, cached=True, start=start)
+
+
+def execute(
+    store: Store, stage: Stage, progress: Progress, *, keep: Callable[[Path], None] | None = None
+) -> StageResult:
+    """Check, work in a staging folder, publish. Whatever ends it early, nothing half-made can be found.
+
+    `keep` is called with the staging folder of a measurement that ended early, since that cannot be had again.
+    """
+    start, started = time.monotonic(), time.time()
+    stage.check()
+    with store.stage() as out:
+        try:
+            outcome = stage.produce(out, progress)
+        except BaseException:
+            if keep is not None and not stage.repeatable:
+                keep(out)
+            raise
+        manifest = store.put(
+            out,
+            kind=stage.kind,
+            action=stage.action,
+            status=outcome.status,
+            events=outcome.events,
+            metrics=outcome.metrics,
+            attestation=lambda manifest: attest(manifest, started=started, finished=time.time()),
+        )
+    return _result(store, stage, manifest, progress, cached=False, start=start)
+
+
+def _result(
+    store: Store, stage: Stage, manifest: Manifest, progress: Progress, *, cached: bool, start: float
+) -> StageResult:
+    path = store.path(manifest.id)
+    results = store.results(stage.action.key) if stage.repeatable else []
+    if len(results) > 1:
+        listed = ", ".join(result[:19] for result in results)
+        progress(f"not reproducible: the same action has given {len(results)} different results: {listed}")
+    return StageResult(
+        artifact=manifest.id,
+        action=stage.action.key,
+        cached=cached,
+        kind=manifest.kind,
+        status=manifest.status,
+        path=str(path),
+        bytes=manifest.size,
+        seconds=round(time.monotonic() - start, 3),
+        metrics=manifest.metrics,
+        events=manifest.events,
+        reproducible=len(results) < 2,
+    )

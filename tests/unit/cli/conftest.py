@@ -1,0 +1,56 @@
+"""Run a command in this process, as the console script would."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmopt.cli.app import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """stdout, which must be one JSON object and nothing else."""
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def error(self) -> str:
+        """The message and hint on stderr, without progress before them."""
+        return self.err[self.err.index("error: ") :]
+
+
+RunCommand = Callable[..., Ran]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMOPT_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def llmopt(store: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[RunCommand]:
+    """llmopt("quantize", folder, "--bits", 3) -> Ran, with a store of the test's own."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capfd.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, before)

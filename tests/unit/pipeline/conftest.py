@@ -1,0 +1,70 @@
+"""A stage that needs no model: it writes what its settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmopt.artifacts.manifest import Action
+from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt.artifacts.store import Store
+from llmopt.pipeline.runner import Stage
+
+MakeStage = Callable[..., Stage]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(str(tmp_path / "store"))
+
+
+def an_action(**changes: object) -> Action:
+    fields: dict[str, object] = {
+        "op": "quantize.gptq",
+        "op_version": 1,
+        "inputs": {"model": "sha256:" + "a" * 64},
+        "settings": {"bits": 4, "seed": 0},
+        "code": "sha256:" + "c" * 64,
+        "deps": {"torch": "2.13.0"},
+        "target": {"arch": "x86_64"},
+    }
+    return Action(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def action() -> Callable[..., Action]:
+    return an_action
+
+
+@pytest.fixture
+def make_stage() -> MakeStage:
+    """make_stage(text="x", **fields of the action) -> Stage; `stage.done` counts how often it did its work."""
+
+    def make(
+        text: str = "weights",
+        *,
+        repeatable: bool = True,
+        fail: BaseException | None = None,
+        refuse: BaseException | None = None,
+        done: list[str] | None = None,
+        **changes: object,
+    ) -> Stage:
+        def check() -> None:
+            if refuse is not None:
+                raise refuse
+
+        def produce(out: Path, progress: Progress) -> Outcome:
+            (out / "model.safetensors").write_text(text)
+            if done is not None:
+                done.append(text)
+            if fail is not None:
+                raise fail
+            return Outcome(metrics={"figure": 1.5}, events=("rounded to nearest",))
+
+        return Stage(
+            kind="quantized-model", action=an_action(**changes), check=check, produce=produce, repeatable=repeatable
+        )
+
+    return make
