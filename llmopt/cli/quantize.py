@@ -27,6 +27,13 @@ def quantize(
         float | None,
         opt.option("--damping", metavar="X", help="gptq: added to the Hessian, as a share of its mean."),
     ] = None,
+    compensate: Annotated[
+        bool | None,
+        opt.option("--compensate/--no-compensate", help="gptq: make up for the blocks before (twice the time)."),
+    ] = None,
+    sweeps: Annotated[
+        int | None, opt.option("--sweeps", metavar="N", help="gptq: refinements after the rounding.")
+    ] = None,
     alpha: Annotated[
         float | None,
         opt.option("--alpha", metavar="X", help="smoothquant: share of the difficulty moved to weights."),
@@ -71,6 +78,8 @@ def quantize(
         symmetric=symmetric,
         act_order=act_order,
         damping=damping,
+        compensate=compensate,
+        sweeps=sweeps,
         alpha=alpha,
         activations=activations,
         format=format,

@@ -35,7 +35,7 @@ def save(model: Node, file: Path) -> None:
 
 
 def save_tokenizer(model: Path, out: Path) -> None:
-    """Write the tokenizer of the checkpoint `model` as two OpenVINO models, and as the tokenizer.json that servers read."""
+    """Write the tokenizer of a checkpoint as two OpenVINO models, and as the tokenizer.json that servers read."""
     from transformers import AutoTokenizer
 
     try:

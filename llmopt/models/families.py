@@ -16,11 +16,13 @@ class Site:
     """The linears of a block that read the same input, and the tensor that can absorb that input's scale.
 
     `scaled_by` is a norm (its weight is divided) or a linear (its output rows are); the site's columns are multiplied.
+    `adds`: the output is added to the residual stream.
     """
 
     name: str
     linears: tuple[str, ...]
     scaled_by: str
+    adds: bool = False
 
 
 ATTN_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
@@ -31,9 +33,9 @@ Q_NORM, K_NORM = "self_attn.q_norm", "self_attn.k_norm"
 #: In the order in which a block meets them.
 SITES = (
     Site(name="qkv", linears=(Q, K, V), scaled_by=ATTN_NORM),
-    Site(name="o", linears=(O,), scaled_by=V),
+    Site(name="o", linears=(O,), scaled_by=V, adds=True),
     Site(name="gate_up", linears=(GATE, UP), scaled_by=MLP_NORM),
-    Site(name="down", linears=(DOWN,), scaled_by=UP),
+    Site(name="down", linears=(DOWN,), scaled_by=UP, adds=True),
 )
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 
 from llmopt.formats.base import Scheme
-from llmopt.quantizers.base import Grid, Rounded, grouped, output_error
+from llmopt.quantizers.base import SHRINK, Grid, Rounded, grouped, output_error
 from llmopt.quantizers.rtn import rtn
-
-_SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # ranges tried: from all of it to a half
 
 
 def search_scale(
@@ -40,14 +38,10 @@ def round_clipped(weight_OI: torch.Tensor, hessian_II: torch.Tensor, scheme: Sch
     hessian_GSS = torch.stack([hessian_II[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(groups)])
     best = Grid.cover(weight_OGS, scheme)
     best_error_OG = torch.full((rows, groups), float("inf"))
-    for shrink in _SHRINK:
+    for shrink in SHRINK:
         grid = Grid.cover(weight_OGS, scheme, shrink)
         error_OGS = grid.value(grid.round(weight_OGS, scheme.bits)) - weight_OGS
         pushed_OGS = torch.einsum("ogs,gst->ogt", error_OGS, hessian_GSS)
         error_OG = (pushed_OGS * error_OGS).sum(dim=2)
-        better_OG = error_OG < best_error_OG
-        best = Grid(
-            torch.where(better_OG, grid.scale_OG, best.scale_OG), torch.where(better_OG, grid.zero_OG, best.zero_OG)
-        )
-        best_error_OG = torch.where(better_OG, error_OG, best_error_OG)
+        best, best_error_OG = best.where_better(grid, error_OG, best_error_OG)
     return rtn(weight_OI, scheme, best)

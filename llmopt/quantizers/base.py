@@ -13,6 +13,8 @@ import torch
 
 from llmopt.formats.base import QuantizedWeight, Scheme
 
+SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # shares of a group's range that are tried: to a half
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -35,6 +37,27 @@ class Grid:
         high_OG = weight_OGS.amax(dim=2).clamp(min=0) * shrink
         scale_OG = exact_scale((high_OG - low_OG) / levels)
         return cls(scale_OG, (-low_OG / scale_OG).round().clamp(0, levels))
+
+    @classmethod
+    def fit(cls, weight_OGS: torch.Tensor, scheme: Scheme, importance_GS: torch.Tensor) -> Grid:
+        """Of the grids that cover all or part of each group, the one with the least weighted squared error."""
+        best = cls.cover(weight_OGS, scheme)
+        best_error_OG = torch.full(best.scale_OG.shape, float("inf"))
+        for shrink in SHRINK:
+            grid = cls.cover(weight_OGS, scheme, shrink)
+            error_OGS = grid.value(grid.round(weight_OGS, scheme.bits)) - weight_OGS
+            error_OG = (error_OGS.square_() * importance_GS).sum(dim=2)
+            best, best_error_OG = best.where_better(grid, error_OG, best_error_OG)
+        return best
+
+    def where_better(
+        self, other: Grid, error_OG: torch.Tensor, best_error_OG: torch.Tensor
+    ) -> tuple[Grid, torch.Tensor]:
+        """Take `other` where its error is smaller; returns the grid and its errors."""
+        better_OG = error_OG < best_error_OG
+        scale_OG = torch.where(better_OG, other.scale_OG, self.scale_OG)
+        zero_OG = torch.where(better_OG, other.zero_OG, self.zero_OG)
+        return Grid(scale_OG, zero_OG), torch.where(better_OG, error_OG, best_error_OG)
 
     def round(self, weight_OGS: torch.Tensor, bits: int) -> torch.Tensor:
         """Nearest codes, as floats."""
@@ -84,35 +107,46 @@ class Rounded:
 
 @dataclass(slots=True)
 class Statistics:
-    """What calibration keeps of a site's input x_NI; each is None where the method has no use for it."""
+    """What calibration keeps of a site's input x_NI; each is None where the method has no use for it.
+
+    The last two compare with the original model on the same tokens: its input o_NI of the site, and by how much its
+    residual stream is ahead of ours, d_NO.
+    """
 
     tokens: int = 0
     hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens
     abs_sum_I: torch.Tensor | None = None  # sum of |x|
     abs_max_I: torch.Tensor | None = None  # max of |x|
+    cross_II: torch.Tensor | None = None  # sum of o x^T
+    ahead_OI: torch.Tensor | None = None  # sum of d x^T, where the site's output is added to the residual stream
 
     @classmethod
-    def of(cls, x: torch.Tensor, wanted: frozenset[str]) -> Statistics:
-        """Of one batch; x is [..., I]."""
+    def of(
+        cls,
+        x: torch.Tensor,
+        wanted: frozenset[str],
+        original: torch.Tensor | None = None,
+        ahead: torch.Tensor | None = None,
+    ) -> Statistics:
+        """Of one batch; x and `original` are [..., I], `ahead` is [..., O]."""
         x_NI = x.reshape(-1, x.shape[-1])
         return cls(
             tokens=len(x_NI),
             hessian_II=x_NI.T @ x_NI if "hessian" in wanted else None,
             abs_sum_I=x_NI.abs().sum(dim=0) if "abs_sum" in wanted else None,
             abs_max_I=x_NI.abs().amax(dim=0) if "abs_max" in wanted else None,
+            cross_II=None if original is None else original.reshape(x_NI.shape).T @ x_NI,
+            ahead_OI=None if ahead is None else ahead.reshape(len(x_NI), -1).T @ x_NI,
         )
 
     def add(self, other: Statistics) -> None:
         """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
-        if self.tokens == 0:
-            self.hessian_II, self.abs_sum_I, self.abs_max_I = other.hessian_II, other.abs_sum_I, other.abs_max_I
-        else:
-            if self.hessian_II is not None and other.hessian_II is not None:
-                self.hessian_II += other.hessian_II
-            if self.abs_sum_I is not None and other.abs_sum_I is not None:
-                self.abs_sum_I += other.abs_sum_I
-            if self.abs_max_I is not None and other.abs_max_I is not None:
-                torch.maximum(self.abs_max_I, other.abs_max_I, out=self.abs_max_I)
+        for name in ("hessian_II", "abs_sum_I", "abs_max_I", "cross_II", "ahead_OI"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None:
+                setattr(self, name, theirs)
+            elif theirs is not None:
+                torch.maximum(mine, theirs, out=mine) if name == "abs_max_I" else mine.add_(theirs)
         self.tokens += other.tokens
 
 

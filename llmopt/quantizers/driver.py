@@ -7,6 +7,7 @@ with one BLAS thread each, and are reduced in their order: the bytes do not depe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,27 @@ from llmopt.quantizers.settings import QuantizeSettings
 
 _BATCH_TOKENS = 4096  # of one forward pass and one partial Hessian
 _ROWS = 1024  # rounded together; fixed, so that the partition never depends on the machine
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some windows on their way: as the blocks quantized so far make them and, if asked for, as the original does."""
+
+    ours: State
+    original: State | None
+
+    @classmethod
+    def start(cls, ours: torch.Tensor, original: torch.Tensor | None) -> _Batch:
+        return cls(State(ours, ours), None if original is None else State(original, original))
+
+    def enter(
+        self, block: DecoderBlock, original: DecoderBlock, site: Site, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> _Batch:
+        theirs = None if self.original is None else original.enter(site, self.original, rotary)
+        return _Batch(block.enter(site, self.ours, rotary), theirs)
+
+    def leave(self, block: DecoderBlock, original: DecoderBlock) -> _Batch:
+        return _Batch.start(block.leave(self.ours), None if self.original is None else original.leave(self.original))
 
 
 class Driver:
@@ -69,17 +91,16 @@ class Driver:
         writer.write(self._finish(batches))
         return self._outcome(writer, out)
 
-    def _embed(self) -> list[torch.Tensor]:
-        """The calibration windows as batches [B, T, H]; none without calibration."""
+    def _embed(self) -> list[_Batch]:
+        """The calibration windows as batches; none without calibration."""
         if self._windows is None:
             return []
         table = self._checkpoint.tensor(f"{self._config.family.embedding}.weight")
         ids = torch.from_numpy(self._windows)
-        return [table[part].float() for part in ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))]  # type: ignore[no-untyped-call]
+        parts = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
+        return [_Batch.start(x, x if self._rounder.compares else None) for x in (table[part].float() for part in parts)]
 
-    def _quantize_block(
-        self, index: int, batches: list[torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    def _quantize_block(self, index: int, batches: list[_Batch]) -> tuple[dict[str, torch.Tensor], list[_Batch]]:
         """The block's tensors for the disk, and its outputs on the calibration windows."""
         config, prefix = self._config, self._config.block(index)
         block = load_block(self._checkpoint, config, None, index)
@@ -89,13 +110,13 @@ class Driver:
             known = self._observe(block, batches, self._scaler.wanted)
             for site in config.family.sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
+        original = DecoderBlock(config, dict(block.tensors))
         stored: dict[str, Stored] = {}
-        states = [State(x, x) for x in batches]
         for site in config.family.sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
-            states = self._enter(block, site, states, statistics)
+            batches = self._enter(block, original, site, batches, statistics)
             stored |= self._round_site(block, site, prefix, statistics)
-        outputs = list(self._map(block.leave, states))
+        outputs = list(self._map(lambda batch: batch.leave(block, original), batches))
         tensors = {name: to_torch(value) for name, value in stored.items()}
         for name in config.block_shapes():
             if name.removesuffix(".weight") in self._linears():
@@ -104,14 +125,12 @@ class Driver:
             tensors[f"{prefix}.{name}"] = block.tensors[name].to(plain.dtype) if name in folded else plain
         return tensors, outputs
 
-    def _observe(
-        self, block: DecoderBlock, batches: list[torch.Tensor], wanted: frozenset[str]
-    ) -> dict[str, Statistics]:
+    def _observe(self, block: DecoderBlock, batches: list[_Batch], wanted: frozenset[str]) -> dict[str, Statistics]:
         """Statistics of every site's input under the original weights."""
         found = {site.name: Statistics() for site in self._config.family.sites}
 
-        def run(x: torch.Tensor) -> list[Statistics]:
-            state, seen = State(x, x), []
+        def run(batch: _Batch) -> list[Statistics]:
+            state, seen = batch.ours, []
             for site in self._config.family.sites:
                 state = block.enter(site, state, self._rotary)
                 seen.append(Statistics.of(state.site_input, wanted))
@@ -134,47 +153,55 @@ class Driver:
             statistics.hessian_II /= torch.outer(scale_I, scale_I)
         return {f"{site.scaled_by}.weight", f"{site.scaled_by}.bias"}
 
-    def _enter(self, block: DecoderBlock, site: Site, states: list[State], statistics: Statistics) -> list[State]:
+    def _enter(
+        self, block: DecoderBlock, original: DecoderBlock, site: Site, batches: list[_Batch], statistics: Statistics
+    ) -> list[_Batch]:
         """Walk all batches to the site's input, adding to `statistics` what the rounding wants of it."""
         wanted = self._rounder.wanted
 
-        def run(state: State) -> tuple[State, Statistics]:
-            state = block.enter(site, state, self._rotary)
-            return state, Statistics.of(state.site_input, wanted)
+        def run(batch: _Batch) -> tuple[_Batch, Statistics]:
+            batch = batch.enter(block, original, site, self._rotary)
+            ours, theirs = batch.ours, batch.original
+            if theirs is None:
+                return batch, Statistics.of(ours.site_input, wanted)
+            ahead = theirs.residual_BTH - ours.residual_BTH if site.adds else None
+            return batch, Statistics.of(ours.site_input, wanted, theirs.site_input, ahead)
 
         moved = []
-        for state, part in self._map(run, states):
-            moved.append(state)
+        for batch, part in self._map(run, batches):
+            moved.append(batch)
             statistics.add(part)
         return moved
 
     def _round_site(self, block: DecoderBlock, site: Site, prefix: str, statistics: Statistics) -> dict[str, Stored]:
         """Replace the site's weights in the block by their rounded selves; returns their encoding."""
-        weights = [block.tensors[f"{name}.weight"] for name in site.linears]
-        rounded = self._round(torch.cat(weights), statistics, f"{prefix}.{site.name}")
+        rows = [len(block.tensors[f"{name}.weight"]) for name in site.linears]
+        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
+        aim_OI, rounded = self._round(weight_OI, statistics, f"{prefix}.{site.name}")
         input_scale = None
         if self._scheme.activations == "static" and statistics.abs_max_I is not None:
             input_scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
         stored: dict[str, Stored] = {}
-        for name, weight_OI, part in zip(site.linears, weights, rounded.split([len(w) for w in weights]), strict=True):
+        for name, wanted_OI, part in zip(site.linears, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
             block.tensors[f"{name}.weight"] = part.dequantize()
             if self._scheme.activations != "none":
                 block.input_transform[name] = int8_input(input_scale)
-            self._note_error(f"{prefix}.{name}", block.tensors[f"{name}.weight"] - weight_OI, weight_OI, statistics)
+            self._note_error(f"{prefix}.{name}", block.tensors[f"{name}.weight"], wanted_OI, statistics)
             stored |= self._encode(f"{prefix}.{name}", part, input_scale)
         return stored
 
-    def _round(self, weight_OI: torch.Tensor, statistics: Statistics, where: str) -> Rounded:
+    def _round(self, weight_OI: torch.Tensor, statistics: Statistics, where: str) -> tuple[torch.Tensor, Rounded]:
+        """What the rounding aimed at, and what came out."""
         context: Context = self._rounder.prepare(statistics)
         self._events += [f"{where}: {event}" for event in context.events]
-        parts = torch.split(weight_OI, _ROWS)
-        return Rounded.stack(list(self._map(context.round, parts)))
+        aim_OI = context.aim(weight_OI)
+        return aim_OI, Rounded.stack(list(self._map(context.round, torch.split(aim_OI, _ROWS))))
 
     def _encode(self, prefix: str, rounded: Rounded, input_scale: float | None) -> dict[str, Stored]:
         tensors = self._format.encode(rounded.export(), self._scheme, self._config.dtype, input_scale)
         return {f"{prefix}.{suffix}": value for suffix, value in tensors.items()}
 
-    def _finish(self, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _finish(self, batches: list[_Batch]) -> dict[str, torch.Tensor]:
         """The last shard: final norm and head, the head quantized if asked."""
         config, family = self._config, self._config.family
         tensors = {f"{family.final_norm}.weight": self._checkpoint.tensor(f"{family.final_norm}.weight")}
@@ -189,10 +216,19 @@ class Driver:
         )
         statistics = Statistics()
         wanted = self._rounder.wanted | (self._scaler.wanted if self._scaler else frozenset())
-        for part in self._map(lambda x: Statistics.of(rms_norm(x, norm, config.norm_eps), wanted), batches):
+
+        def run(batch: _Batch) -> Statistics:
+            ours, theirs = (
+                None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
+                for state in (batch.ours, batch.original)
+            )
+            assert ours is not None
+            return Statistics.of(ours, wanted, theirs)
+
+        for part in self._map(run, batches):
             statistics.add(part)
-        rounded = self._round(weight_OI, statistics, family.head)
-        self._note_error(family.head, rounded.dequantize() - weight_OI, weight_OI, statistics)
+        aim_OI, rounded = self._round(weight_OI, statistics, family.head)
+        self._note_error(family.head, rounded.dequantize(), aim_OI, statistics)
         scale = None
         if self._scheme.activations == "static" and statistics.abs_max_I is not None:
             scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
@@ -217,14 +253,14 @@ class Driver:
             events=tuple(self._events),
         )
 
-    def _note_error(self, name: str, error_OI: torch.Tensor, weight_OI: torch.Tensor, statistics: Statistics) -> None:
+    def _note_error(self, name: str, rounded_OI: torch.Tensor, aim_OI: torch.Tensor, statistics: Statistics) -> None:
         """Relative error of the linear's output on the calibration inputs, or of its weight where there are none."""
         hessian_II = statistics.hessian_II
 
         def size(matrix_OI: torch.Tensor) -> torch.Tensor:
             return (matrix_OI if hessian_II is None else matrix_OI @ hessian_II).mul(matrix_OI).sum()
 
-        self._errors[name] = float((size(error_OI) / size(weight_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
+        self._errors[name] = float((size(rounded_OI - aim_OI) / size(aim_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
 
     def _summary(self, prefix: str) -> str:
         errors = {name: error for name, error in self._errors.items() if name.startswith(prefix + ".")}

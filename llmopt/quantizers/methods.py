@@ -15,16 +15,21 @@ from llmopt.models.families import Site, V
 from llmopt.quantizers import settings
 from llmopt.quantizers.awq import round_clipped, search_scale
 from llmopt.quantizers.base import Rounded, Statistics
-from llmopt.quantizers.gptq import factorize, gptq
+from llmopt.quantizers.gptq import aim, factorize, gptq, refine
 from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.smoothquant import smooth_scale
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A site made ready: `round` takes some of its rows; `events` are fallbacks that changed numbers."""
+    """A site made ready.
+
+    aim: what to round instead of the site's weight. round: takes some rows of that. events: fallbacks that changed
+    numbers.
+    """
 
     round: Callable[[torch.Tensor], Rounded]
+    aim: Callable[[torch.Tensor], torch.Tensor] = lambda weight_OI: weight_OI
     events: tuple[str, ...] = ()
 
 
@@ -38,9 +43,13 @@ class Scaler(Protocol):
 
 
 class Rounder(Protocol):
-    """`wanted` names the Statistics that are gathered for it under the weights quantized so far."""
+    """`wanted` names the Statistics that are gathered for it under the weights quantized so far.
+
+    `compares` asks for those that compare with the original model, which then runs beside.
+    """
 
     wanted: frozenset[str]
+    compares: bool
 
     def prepare(self, statistics: Statistics) -> Context: ...
 
@@ -57,6 +66,8 @@ def method_of(method: settings.Method) -> tuple[Scaler | None, Rounder]:
 
 
 class _Nearest:
+    compares = False
+
     def __init__(self, method: settings.RTN | settings.SmoothQuant) -> None:
         self._scheme = method.scheme
         self.wanted = frozenset({"abs_max"}) if method.activations == "static" else frozenset[str]()
@@ -70,16 +81,32 @@ class _GPTQ:
 
     def __init__(self, method: settings.GPTQ) -> None:
         self._method = method
+        self.compares = method.compensate
 
     def prepare(self, statistics: Statistics) -> Context:
         method, scheme = self._method, self._method.scheme
-        assert statistics.hessian_II is not None
-        curvature = factorize(statistics.hessian_II, damping=method.damping, act_order=method.act_order)
+        hessian_II, cross_II = statistics.hessian_II, statistics.cross_II
+        assert hessian_II is not None
+        curvature = factorize(hessian_II, damping=method.damping, act_order=method.act_order)
         if curvature is None:
             event = "rounded to nearest: the Hessian is not positive definite at any damping"
-            return Context(lambda weight_OI: rtn(weight_OI, scheme), (event,))
+            return Context(lambda weight_OI: rtn(weight_OI, scheme), events=(event,))
         events = () if curvature.damping == method.damping else (f"damping raised to {curvature.damping:g}",)
-        return Context(lambda weight_OI: gptq(weight_OI, curvature, scheme, act_order=method.act_order), events)
+
+        damped_II = hessian_II.clone()
+        damped_II.diagonal().add_(curvature.damping * hessian_II.diagonal().mean())
+
+        def round_rows(weight_OI: torch.Tensor) -> Rounded:
+            rounded = gptq(weight_OI, curvature, scheme, act_order=method.act_order)
+            return refine(weight_OI, rounded, damped_II, sweeps=method.sweeps)
+
+        if cross_II is None:
+            return Context(round_rows, events=events)
+        return Context(
+            round_rows,
+            lambda weight_OI: aim(weight_OI, hessian_II, cross_II, statistics.ahead_OI, damping=curvature.damping),
+            events,
+        )
 
 
 class _AWQScaler:
@@ -97,6 +124,7 @@ class _AWQScaler:
 
 class _AWQRounder:
     wanted = frozenset[str]()  # the scaler's statistics serve again
+    compares = False
 
     def __init__(self, method: settings.AWQ) -> None:
         self._method = method

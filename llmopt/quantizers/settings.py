@@ -37,17 +37,20 @@ class RTN:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPTQ:
-    """Frantar et al., arXiv:2210.17323."""
+    """Frantar et al., arXiv:2210.17323; `compensate` after Li et al., arXiv:2504.02692 (GPTAQ)."""
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
     act_order: bool = True  # columns by falling Hessian diagonal; groups stay where they are (static)
     damping: float = 0.01  # added to the Hessian's diagonal, as a share of its mean
+    compensate: bool = True  # aim at the original model's outputs, deviations of the blocks before included
+    sweeps: int = 3  # refits of the scales and sweeps over the columns after the rounding
 
     def __post_init__(self) -> None:
         _check_weights(self)
         _check_between("damping", self.damping, 0.0, 1.0)
+        _check_between("sweeps", self.sweeps, 0, 100)
 
     @property
     def scheme(self) -> Scheme:

@@ -9,7 +9,7 @@ from llmopt.formats.base import Scheme
 from llmopt.quantizers import gptq as gptq_module
 from llmopt.quantizers.awq import round_clipped, search_scale
 from llmopt.quantizers.base import Grid, Statistics, exact_scale, grouped, output_error
-from llmopt.quantizers.gptq import Curvature, factorize, gptq
+from llmopt.quantizers.gptq import Curvature, aim, factorize, gptq, refine
 from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.smoothquant import smooth_scale
 
@@ -81,7 +81,7 @@ def test_is_rounding_when_inputs_are_uncorrelated(scheme: Scheme, act_order: boo
     weight_OI = random(16, 128)
     diagonal_II = torch.diag(torch.linspace(1, 2, 128))
     got = gptq(weight_OI, prepared(diagonal_II, act_order=act_order), scheme, act_order=act_order)
-    assert torch.equal(got.codes_OI, rtn(weight_OI, scheme).codes_OI)
+    assert torch.equal(got.codes_OI, rtn(weight_OI, scheme, got.grid).codes_OI)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -100,7 +100,7 @@ def test_gptq_does_what_the_paper_says_one_column_at_a_time() -> None:
     scheme = Scheme(bits=4, group_size=-1, symmetric=True)
     weight_OI, hessian_II = random(8, 32).double(), hessian(correlated_inputs(500, 32)).double()
     damped_II = hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(32)
-    grid = Grid.cover(grouped(weight_OI.float(), scheme), scheme)
+    grid = Grid.fit(grouped(weight_OI.float(), scheme), scheme, hessian_II.diagonal().float()[None])
     left_OI, inverse_II, codes = weight_OI.clone(), torch.linalg.inv(damped_II), []
     for column in range(32):
         code_O = grid.round(left_OI[:, column : column + 1].float()[:, None], 4)[:, 0, 0]
@@ -135,7 +135,7 @@ def test_a_dead_column_is_rounded_to_nearest() -> None:
     scheme = Scheme(bits=4, group_size=32, symmetric=True)
     weight_OI = random(16, 128)
     got = gptq(weight_OI, prepared(hessian(x_NI)), scheme, act_order=True)
-    assert torch.equal(got.codes_OI[:, 5], rtn(weight_OI, scheme).codes_OI[:, 5])
+    assert torch.equal(got.codes_OI[:, 5], rtn(weight_OI, scheme, got.grid).codes_OI[:, 5])
 
 
 def test_a_singular_hessian_raises_the_damping_and_says_so() -> None:
@@ -146,6 +146,60 @@ def test_a_singular_hessian_raises_the_damping_and_says_so() -> None:
 def test_an_indefinite_hessian_is_given_up() -> None:
     broken_II = -torch.eye(64)
     assert factorize(broken_II, damping=0.01, act_order=False) is None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_refining_never_makes_a_row_worse(scheme: Scheme) -> None:
+    weight_OI, hessian_II = random(32, 128), hessian(correlated_inputs())
+    start = gptq(weight_OI, prepared(hessian_II), scheme, act_order=True)
+    refined = refine(weight_OI, start, hessian_II, sweeps=3)
+    before, after = (
+        torch.stack([output_error(row[None], hessian_II) for row in rounded.dequantize() - weight_OI])
+        for rounded in (start, refined)
+    )
+    assert (after <= before * 1.0001).all()
+    assert after.sum() < before.sum()
+    assert refined.codes_OI.min() >= 0
+    assert refined.codes_OI.max() <= (1 << scheme.bits) - 1
+    assert torch.equal(refined.grid.scale_OG, exact_scale(refined.grid.scale_OG))
+
+
+def test_refining_finds_the_best_codes_of_a_small_problem() -> None:
+    """Where the columns do not depend on each other, one sweep is enough and every code is the best of all."""
+    scheme = Scheme(bits=2, group_size=-1, symmetric=True)
+    weight_OI, hessian_II = random(8, 32), torch.diag(torch.linspace(1, 3, 32))
+    refined = refine(weight_OI, rtn(weight_OI, scheme), hessian_II, sweeps=10)
+    error_OI = (refined.dequantize() - weight_OI).abs()
+    for code in range(4):
+        other_OI = ((code - 2) * refined.grid.scale_OG - weight_OI).abs()
+        assert (error_OI <= other_OI + 1e-6).all()
+
+
+def test_a_fitted_grid_is_no_worse_than_a_covering_one() -> None:
+    scheme = Scheme(bits=3, group_size=32, symmetric=True)
+    weight_OI, importance_GS = random(16, 128) ** 3, torch.linspace(0.1, 5, 128).reshape(4, 32)
+
+    def error(grid: Grid) -> torch.Tensor:
+        difference_OGS = grouped(rtn(weight_OI, scheme, grid).dequantize() - weight_OI, scheme)
+        return (difference_OGS.square() * importance_GS).sum()
+
+    covering = Grid.cover(grouped(weight_OI, scheme), scheme)
+    assert error(Grid.fit(grouped(weight_OI, scheme), scheme, importance_GS)) < error(covering)
+
+
+def test_aiming_is_least_squares_on_the_inputs_as_they_are() -> None:
+    """Against torch's solver: W' x nearest to W o + d, over all tokens."""
+    original_NI = correlated_inputs(600, 32)
+    x_NI, ahead_NO = original_NI + 0.1 * random(600, 32, seed=7), 0.2 * random(600, 8, seed=8)
+    weight_OI = random(8, 32)
+    got_OI = aim(weight_OI, x_NI.T @ x_NI, original_NI.T @ x_NI, ahead_NO.T @ x_NI, damping=1e-8)
+    expected_OI = torch.linalg.lstsq(x_NI, original_NI @ weight_OI.T + ahead_NO).solution.T
+    assert torch.allclose(got_OI, expected_OI, atol=5e-3)
+
+
+def test_aiming_changes_nothing_where_nothing_deviates() -> None:
+    weight_OI, hessian_II = random(8, 128), hessian(correlated_inputs())
+    assert torch.equal(aim(weight_OI, hessian_II, hessian_II, None, damping=0.01), weight_OI)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

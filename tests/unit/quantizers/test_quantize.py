@@ -139,6 +139,7 @@ def test_three_formats_hold_the_same_weights(tiny: Path, text: Path, tmp_path: P
     [
         {"method": "rtn"},
         {"method": "gptq"},
+        {"method": "gptq", "compensate": False, "sweeps": 0},
         {"method": "awq"},
         {"method": "smoothquant"},
         {"method": "smoothquant", "activations": "static"},
@@ -182,10 +183,10 @@ def test_folding_scales_changes_no_logits(
     with torch.no_grad(), Workers() as workers:
         driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent)
         block = driver_module.load_block(checkpoint, config, None, 0)
-        x, rotary = driver._embed()[0], driver_module.rotary_tables(config, 64)
-        driver._rotary = rotary
+        batch, rotary = driver._embed()[0], driver_module.rotary_tables(config, 64)
+        x, driver._rotary = batch.ours.residual_BTH, rotary
         before, weights = block.forward(x, rotary), {n: t.clone() for n, t in block.tensors.items()}
-        seen = driver._observe(block, [x], driver._scaler.wanted)  # type: ignore[union-attr]
+        seen = driver._observe(block, [batch], driver._scaler.wanted)  # type: ignore[union-attr]
         for site in config.family.sites:
             driver._scale_site(block, site, seen[site.name], driver._scaler)  # type: ignore[arg-type]
         changed = [name for name, tensor in block.tensors.items() if not torch.equal(tensor, weights[name])]
@@ -200,6 +201,16 @@ def test_gptq_is_nearer_to_the_base_than_rounding(tiny: Path, text: Path, tmp_pa
         settings = evaluate.resolve({"windows": 8, "seq_len": 64})
         figures[method] = evaluate.evaluate(tmp_path / method, tiny, text, settings, tmp_path, silent).metrics
     assert figures["gptq"]["kl_mean"] < figures["rtn"]["kl_mean"]  # type: ignore[operator]
+
+
+def test_compensating_keeps_the_model_nearer(tiny: Path, text: Path, tmp_path: Path) -> None:
+    figures = {}
+    for compensate in (True, False):
+        out = tmp_path / str(compensate)
+        quantize(tiny, text, out, compensate=compensate, samples=64, bits=3)
+        settings = evaluate.resolve({"windows": 16, "seq_len": 64})
+        figures[compensate] = evaluate.evaluate(out, tiny, text, settings, tmp_path, silent).metrics["kl_mean"]
+    assert figures[True] < figures[False]  # type: ignore[operator]
 
 
 def test_what_is_not_quantized_is_passed_through(tiny: Path, text: Path, tmp_path: Path) -> None:
