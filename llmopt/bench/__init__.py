@@ -1,16 +1,16 @@
 """Bench: load-test an OpenAI-compatible server, or an engine that bench serves itself, and report what clients see.
 
-    settings.py   what a run does: subjects and settings
-    preflight.py  what can be found wrong before the load
-    workload.py   prompts of an exact number of tokens
-    endpoints.py  what is sent to an endpoint and where its answer has the text
-    wire.py       HTTP/1.1 framing and server-sent events, each piece with its receive stamp
-    client.py     the closed-loop load; stores (stamp, bytes) and parses nothing
-    records.py    from stored bytes to one record a request
-    metrics.py    from records to figures; every convention is named there
-    server.py     starts an engine's server and always stops it
-    run.py        the order of it all
-    report.py     report.json, report.md, requests.jsonl
+settings.py   what a run does: subjects and settings
+preflight.py  what can be found wrong before the load
+workload.py   prompts of an exact number of tokens
+endpoints.py  what is sent to an endpoint and where its answer has the text
+wire.py       HTTP/1.1 framing and server-sent events, each piece with its receive stamp
+client.py     the closed-loop load; stores (stamp, bytes) and parses nothing
+records.py    from stored bytes to one record a request
+metrics.py    from records to figures; every convention is named there
+server.py     starts an engine's server and always stops it
+run.py        the order of it all
+report.py     report.json, report.md, requests.jsonl
 """
 
 from __future__ import annotations

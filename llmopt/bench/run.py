@@ -255,7 +255,7 @@ class _Bench:
 
 
 def _ratios(results: Mapping[str, Mapping[str, Mapping[str, Json]]]) -> dict[str, Json]:
-    """"c4" -> candidate over baseline, where both were measured."""
+    """ "c4" -> candidate over baseline, where both were measured."""
     candidate, baseline = results.get("candidate", {}), results.get("baseline", {})
     return {
         at: metrics.ratios(metrics.compact(candidate[at]), metrics.compact(baseline[at]))

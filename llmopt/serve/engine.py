@@ -164,4 +164,3 @@ def _configuration(folder: EngineFolder, blocks: int, max_batch: int, cache_dir:
         "max_batch": max_batch,
         "eos_token_ids": list(folder.eos_token_ids),
     }
-

