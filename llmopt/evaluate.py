@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import Source, open_model
-from llmopt.models.config import DecoderConfig
-from llmopt.models.text import read_tokens, windows
 from llmopt.profiles.settings import build
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from llmopt.formats.reading import Source
+    from llmopt.models.config import DecoderConfig
     from llmopt.models.parallel import Workers
 
 OP_VERSION = 1
@@ -54,6 +53,8 @@ def deps(settings: EvalSettings) -> tuple[str, ...]:
 
 def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) -> None:
     """Everything that can be found wrong before the work."""
+    from llmopt.formats.reading import open_model
+
     config = open_model(model).config
     if base is not None:
         other = open_model(base).config
@@ -67,6 +68,8 @@ def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) ->
 
 def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: DecoderConfig) -> np.ndarray:
     """Token ids [windows, seq_len], the first of the text."""
+    from llmopt.models.text import read_tokens, windows
+
     if settings.seq_len > config.max_positions:
         raise SettingsError(
             f"`seq_len` cannot be {settings.seq_len}: the model has {config.max_positions} positions",
@@ -82,6 +85,7 @@ def evaluate(
     """Write eval.json to `out`. Without a base, only the model's own perplexity is measured."""
     import torch
 
+    from llmopt.formats.reading import open_model
     from llmopt.models.parallel import Workers
     from llmopt.models.writer import write_json
 

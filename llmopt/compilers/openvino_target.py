@@ -10,12 +10,14 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import Source, open_model
 from llmopt.models.companions import copy_companions
+
+if TYPE_CHECKING:
+    from llmopt.formats.reading import Source
 
 _ACTIVATION_GROUP = 128
 _MODEL = "openvino_model.xml"
@@ -96,6 +98,8 @@ class OpenVINO:
 
 def _read(model: Path) -> Source:
     """The checkpoint, checked from its headers, and that it has a tokenizer to convert; raises LlmoptError."""
+    from llmopt.formats.reading import open_model
+
     source = open_model(model)
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise LlmoptError(

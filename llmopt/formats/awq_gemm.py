@@ -11,17 +11,8 @@ from typing import Any
 import numpy as np
 
 from llmopt.errors import LlmoptError
-from llmopt.formats.base import (
-    Layout,
-    QuantizedWeight,
-    Scheme,
-    Stored,
-    need_bits,
-    need_plain_activations,
-    pack_bits,
-    store_float,
-    unpack_bits,
-)
+from llmopt.formats.base import Layout, QuantizedWeight, Stored, pack_bits, store_float, unpack_bits
+from llmopt.formats.scheme import Scheme
 
 ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _INVERSE = np.argsort(ORDER)
@@ -29,10 +20,6 @@ _INVERSE = np.argsort(ORDER)
 
 class AWQGemm:
     name = "awq"
-
-    def check(self, scheme: Scheme) -> None:
-        need_bits(self.name, scheme, (4,))
-        need_plain_activations(self.name, scheme)
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> Layout:
         out_features, in_features = shape

@@ -7,31 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from llmopt.errors import LlmoptError, SettingsError
+from llmopt.errors import LlmoptError
+from llmopt.formats.scheme import Activations, Scheme
 from llmopt.models.checkpoint import Checkpoint, bfloat16_to_float32, float32_to_bfloat16
-
-Activations: TypeAlias = Literal["none", "dynamic", "static"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scheme:
-    """How every quantized linear of a checkpoint is quantized.
-
-    `group_size` counts in-features that share a scale, -1 for the whole row. `activations`: int8, per token
-    (dynamic) or per tensor (static), or not at all.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    activations: Activations = "none"
-
-    def groups(self, in_features: int) -> int:
-        return 1 if self.group_size == -1 else in_features // self.group_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +63,6 @@ class Format(Protocol):
     """One encoding on disk. Stateless; the same integers can be written in any of them that holds their bits."""
 
     name: str
-
-    def check(self, scheme: Scheme) -> None:
-        """Raise SettingsError when this encoding cannot hold `scheme`."""
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> Layout:
         """The tensors of one linear of (O, I), by the suffix after its prefix."""
@@ -202,21 +181,3 @@ def exact_scale(scale: np.ndarray) -> np.ndarray:
     """
     rounded = bfloat16_to_float32(float32_to_bfloat16(scale)).clip(2.0**-24, 65280.0)
     return rounded.astype(np.float16).astype(np.float32)
-
-
-def need_bits(name: str, scheme: Scheme, allowed: tuple[int, ...]) -> None:
-    """SettingsError unless an encoding that holds `allowed` bits can hold `scheme`."""
-    if scheme.bits not in allowed:
-        listed = ", ".join(str(b) for b in allowed)
-        raise SettingsError(
-            f"the format `{name}` cannot hold {scheme.bits}-bit weights",
-            hint=f"it holds {listed} bits; `compressed-tensors` holds 2 to 8",
-        )
-
-
-def need_plain_activations(name: str, scheme: Scheme) -> None:
-    """SettingsError unless activations are left as they are."""
-    if scheme.activations != "none":
-        raise SettingsError(
-            f"the format `{name}` cannot hold quantized activations", hint="use the format `compressed-tensors`"
-        )

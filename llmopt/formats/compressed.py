@@ -12,22 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats.base import Layout, QuantizedWeight, Scheme, Stored, need_bits, pack_bits, store_float, unpack_bits
+from llmopt.errors import LlmoptError
+from llmopt.formats.base import Layout, QuantizedWeight, Stored, pack_bits, store_float, unpack_bits
+from llmopt.formats.scheme import Scheme
 
 _SCALES = ("BF16", "F16", "F32")
 
 
 class CompressedTensors:
     name = "compressed-tensors"
-
-    def check(self, scheme: Scheme) -> None:
-        need_bits(self.name, scheme, (2, 3, 4, 5, 6, 7, 8))
-        if scheme.activations != "none" and (scheme.bits != 8 or scheme.group_size != -1 or not scheme.symmetric):
-            raise SettingsError(
-                "int8 activations need symmetric 8-bit weights with one scale a row",
-                hint="set `bits: 8`, `group_size: -1`, `symmetric: true`",
-            )
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> Layout:
         out_features, in_features = shape

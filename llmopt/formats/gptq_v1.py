@@ -12,25 +12,12 @@ from typing import Any
 import numpy as np
 
 from llmopt.errors import LlmoptError
-from llmopt.formats.base import (
-    Layout,
-    QuantizedWeight,
-    Scheme,
-    Stored,
-    need_bits,
-    need_plain_activations,
-    pack_bits,
-    store_float,
-    unpack_bits,
-)
+from llmopt.formats.base import Layout, QuantizedWeight, Stored, pack_bits, store_float, unpack_bits
+from llmopt.formats.scheme import Scheme
 
 
 class GPTQv1:
     name = "gptq"
-
-    def check(self, scheme: Scheme) -> None:
-        need_bits(self.name, scheme, (2, 3, 4, 8))
-        need_plain_activations(self.name, scheme)
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> Layout:
         out_features, in_features = shape

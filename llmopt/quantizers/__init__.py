@@ -1,17 +1,13 @@
-"""Quantize a checkpoint block by block: GPTQ, AWQ, SmoothQuant and round-to-nearest."""
+"""Quantize a checkpoint block by block: GPTQ, AWQ, SmoothQuant and round-to-nearest.
+
+Settings are resolved without numpy or torch, so that a typo or a cache hit costs no import of theirs.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import get_format
-from llmopt.models.checkpoint import FLOATS, Checkpoint
-from llmopt.models.config import DecoderConfig
-from llmopt.models.text import read_tokens, windows
 from llmopt.quantizers.settings import METHODS, QuantizeSettings, resolve
 
 __all__ = ["METHODS", "OP_VERSION", "QuantizeSettings", "check", "deps", "quantize", "resolve"]
@@ -25,81 +21,24 @@ def deps(settings: QuantizeSettings) -> tuple[str, ...]:
 
 
 def check(model: Path, settings: QuantizeSettings, calibration: Path | None) -> None:
-    """Everything that can be found wrong before the work: family, shapes, settings, text, and weights not finite."""
-    checkpoint = Checkpoint.open(model)
-    config = DecoderConfig.read(checkpoint)
-    if "quantization_config" in checkpoint.config:
-        raise LlmoptError(f"`{model}` is quantized already", hint="quantize the checkpoint that it was made from")
-    _check_shapes(config, settings)
-    if settings.needs_calibration:
-        calibration_windows(model, settings, config, calibration)
-    _check_finite(checkpoint)
+    """Everything that can be found wrong before the work, without torch; raises LlmoptError."""
+    from llmopt.quantizers import preflight
+
+    preflight.check(model, settings, calibration)
 
 
 def quantize(
     model: Path, settings: QuantizeSettings, calibration: Path | None, out: Path, progress: Progress
 ) -> Outcome:
     """Write the quantized checkpoint to `out`, an empty folder. Peak memory is one block and the calibration set."""
+    from llmopt.models.checkpoint import Checkpoint
+    from llmopt.models.config import DecoderConfig
     from llmopt.models.parallel import Workers
     from llmopt.quantizers.driver import Driver
+    from llmopt.quantizers.preflight import calibration_windows
 
     checkpoint = Checkpoint.open(model)
     config = DecoderConfig.read(checkpoint)
     tokens = calibration_windows(model, settings, config, calibration) if settings.needs_calibration else None
     with Workers() as workers:
         return Driver(checkpoint, config, settings, tokens, workers, progress).run(out)
-
-
-def calibration_windows(
-    model: Path, settings: QuantizeSettings, config: DecoderConfig, calibration: Path | None
-) -> np.ndarray:
-    """Token ids [samples, seq_len], int64."""
-    common = settings.common
-    if calibration is None:
-        raise LlmoptError(f"the method `{common.method}` needs a calibration text", hint="give one with `--calib FILE`")
-    if common.seq_len > config.max_positions:
-        raise SettingsError(
-            f"`seq_len` cannot be {common.seq_len}: the model has {config.max_positions} positions",
-            hint=f"use `seq_len: {config.max_positions}` or less",
-        )
-    tokens = read_tokens(model, calibration)
-    if tokens.max(initial=0) >= config.vocab_size:
-        raise LlmoptError("the tokenizer has more tokens than the model", hint="do they belong together?")
-    return windows(tokens, count=common.samples, length=common.seq_len, seed=common.seed, what="calibration text")
-
-
-def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
-    scheme, layout = settings.method.scheme, get_format(settings.common.format).layout
-    linears = {name: config.linear_shape(name) for site in config.family.sites for name in site.linears}
-    if settings.common.lm_head:
-        if config.tie_embeddings:
-            raise SettingsError(
-                "`lm_head` cannot be quantized: the model ties it to its embedding", hint="leave `lm_head` out"
-            )
-        linears[config.family.head] = (config.vocab_size, config.hidden_size)
-    for name, shape in linears.items():
-        if scheme.group_size != -1 and shape[1] % scheme.group_size:
-            fitting = [size for size in (128, 64, 32) if all(s[1] % size == 0 for s in linears.values())]
-            use = f"use `group_size: {fitting[0]}`" if fitting else "use `group_size: -1`"
-            raise SettingsError(
-                f"`{name}` has {shape[1]} in-features, which a group size of {scheme.group_size} does not divide",
-                hint=f"{use}",
-            )
-        layout(shape, scheme)
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for name, info in checkpoint.tensors.items():
-        if info.dtype not in FLOATS:
-            continue
-        flat = checkpoint.array(name).reshape(-1)
-        step = 1 << 24
-        for start in range(0, flat.size, step):
-            part = flat[start : start + step]
-            finite = (part & 0x7F80) != 0x7F80 if info.dtype == "BF16" else np.isfinite(part)
-            if not finite.all():
-                raise LlmoptError(
-                    f"`{name}` holds values that are not finite (NaN or infinity)",
-                    hint="the checkpoint is damaged, or its training diverged",
-                )
-    checkpoint.release()

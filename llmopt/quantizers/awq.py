@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 from llmopt.quantizers.base import SHRINK, Grid, Rounded, grouped, output_error
 from llmopt.quantizers.rtn import rtn
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmopt.formats.base import QuantizedWeight, Scheme
+from llmopt.formats.base import QuantizedWeight
+from llmopt.formats.scheme import Scheme
 
 SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # shares of a group's range that are tried: to a half
 

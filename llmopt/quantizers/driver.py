@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.formats import get_format
 from llmopt.formats.base import Stored
 from llmopt.formats.dequantized import int8_input, load_block, load_float
+from llmopt.formats.reading import get_format
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig

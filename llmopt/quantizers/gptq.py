@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 from llmopt.quantizers.base import Grid, Rounded, exact_scale, grouped
 
 _BLOCK = 128  # columns updated at once; changes the speed, and the result by no more than float rounding

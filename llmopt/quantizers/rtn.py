@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 from llmopt.quantizers.base import Grid, Rounded, grouped
 
 

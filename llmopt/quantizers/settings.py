@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import SettingsError, nearest
-from llmopt.formats import FORMATS, get_format
-from llmopt.formats.base import Activations, Scheme
+from llmopt.formats.scheme import FORMATS, Activations, Scheme, check_scheme
 from llmopt.profiles.settings import build, to_json
 
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -148,7 +147,7 @@ def resolve(settings: Mapping[str, Any]) -> QuantizeSettings:
             hint = f"`{key}` belongs to " + ", ".join(owners) if owners else nearest(key, known | shared)
             raise SettingsError(f"the method `{common.method}` has no setting `{key}`", hint=hint)
     method = build(cls, own, where="quantize")
-    get_format(common.format).check(method.scheme)
+    check_scheme(common.format, method.scheme)
     return QuantizeSettings(common=common, method=method)
 
 

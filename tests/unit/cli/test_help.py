@@ -62,7 +62,7 @@ def cpu_seconds(command: list[str]) -> float:
 
 def test_help_names_every_method_format_and_target() -> None:
     from llmopt.compilers import TARGETS
-    from llmopt.formats import FORMATS
+    from llmopt.formats.scheme import FORMATS
     from llmopt.quantizers import METHODS
 
     quantize, compile_ = (

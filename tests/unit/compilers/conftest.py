@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from llmopt.backends import load
-from llmopt.formats import get_format, open_quantized
 from llmopt.formats.base import QuantizedWeight, Scheme, exact_scale
+from llmopt.formats.reading import get_format, open_quantized
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
 

@@ -17,7 +17,7 @@ from llmopt import compilers
 from llmopt.artifacts.outcome import silent
 from llmopt.backends import load
 from llmopt.errors import BackendMissingError, Exit, LlmoptError
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 
 W4 = Scheme(bits=4, group_size=32, symmetric=True)
 FILES = [

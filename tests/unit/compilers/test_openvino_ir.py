@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 
 PROMPT = [5, 17, 300, 42, 99, 7, 8, 250, 1, 2, 3]
 LLAMA3 = {
@@ -217,7 +217,7 @@ def test_constants_outlive_everything_but_the_scratch(
     from llmopt.compilers.openvino_constants import Constants, Scratch
     from llmopt.compilers.openvino_ir import build_decoder
     from llmopt.compilers.openvino_save import save
-    from llmopt.formats import open_quantized
+    from llmopt.formats.reading import open_quantized
     from llmopt.models.checkpoint import Checkpoint
     from llmopt.models.config import DecoderConfig
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import FORMATS, get_format
-from llmopt.formats.base import QuantizedWeight, Scheme, Stored, exact_scale, pack_bits, unpack_bits
+from llmopt.formats.base import QuantizedWeight, Stored, exact_scale, pack_bits, unpack_bits
+from llmopt.formats.reading import get_format
+from llmopt.formats.scheme import FORMATS, Scheme, check_scheme
 from llmopt.models.checkpoint import bfloat16_to_float32, float32_to_bfloat16
 
 
@@ -99,7 +100,7 @@ def test_awq_interleaves_its_columns() -> None:
 @pytest.mark.parametrize(("name", "bits"), [("awq", 3), ("gptq", 5)])
 def test_bits_that_an_encoding_cannot_hold_are_refused(name: str, bits: int) -> None:
     with pytest.raises(SettingsError, match=f"cannot hold {bits}-bit"):
-        get_format(name).check(Scheme(bits=bits, group_size=128, symmetric=True))
+        check_scheme(name, Scheme(bits=bits, group_size=128, symmetric=True))
 
 
 def test_an_unknown_format_names_the_nearest() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmopt.formats.base import Scheme
+from llmopt.formats.scheme import Scheme
 from llmopt.quantizers import gptq as gptq_module
 from llmopt.quantizers.awq import round_clipped, search_scale
 from llmopt.quantizers.base import Grid, Statistics, exact_scale, grouped, output_error

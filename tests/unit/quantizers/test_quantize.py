@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 from llmopt import evaluate, quantizers
 from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats import open_quantized
+from llmopt.formats.reading import open_quantized
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
 from llmopt.models.parallel import Workers
 from llmopt.quantizers import driver as driver_module
+from llmopt.quantizers import preflight
 
 SMALL = {"samples": 8, "seq_len": 64}
 W8A8 = {"bits": 8, "group_size": -1}
@@ -179,7 +180,7 @@ def test_folding_scales_changes_no_logits(
     checkpoint = Checkpoint.open(model)
     config = DecoderConfig.read(checkpoint)
     settings = quantizers.resolve({"method": method, **SMALL})
-    tokens = quantizers.calibration_windows(model, settings, config, text)
+    tokens = preflight.calibration_windows(model, settings, config, text)
     with torch.no_grad(), Workers() as workers:
         driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent)
         block = driver_module.load_block(checkpoint, config, None, 0)
