@@ -35,6 +35,32 @@ def temporary(parent: Path, prefix: str = "") -> Iterator[Path]:
         _discard(folder, lock)
 
 
+@contextmanager
+def lasting(folder: Path) -> Iterator[Path | None]:
+    """A folder for this process alone that outlives an early end, to be had again; None while another one has it.
+
+    It is removed when the `with` ends without an error.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = _lock_path(folder)
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not _lock(lock, unsupported=True):
+            os.close(lock)
+            yield None
+            return
+        if _is_open_as(lock, path):
+            break
+        os.close(lock)
+    try:
+        folder.mkdir(exist_ok=True)
+        yield folder
+    except BaseException:
+        os.close(lock)
+        raise
+    _discard(folder, lock)
+
+
 def _lock_new(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = parent / f"{prefix}{os.getpid()}-{os.urandom(6).hex()}"

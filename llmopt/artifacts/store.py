@@ -6,6 +6,7 @@
     names/<name>                 the id of an artifact
     attestations/<hex>/          who made it and when, one file a run
     trees/<hex>/                 an artifact's files under their names: links to blobs, made when asked for
+    begun/<key>/                 what an action that ended early has finished, to go on from
     tmp/                         what is being written
 
 Blobs go first, then the manifest, then the action or the name, so whatever can be found is whole.
@@ -43,6 +44,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PREFIX = re.compile(r"[0-9a-fA-F]{8,64}")
 _REPAIR = "run the command that made it again: it replaces what is damaged"
 _OPTION = "--store"
+BEGUN = ".begun"
 _NO_FAULTS: tuple[list[str], list[FileEntry]] = ([], [])
 
 
@@ -61,17 +63,32 @@ class Store:
     # -- writing
 
     @contextmanager
-    def stage(self) -> Iterator[Path]:
-        """An empty folder on the store's disk to work in, gone afterwards. A full disk becomes an LlmoptError."""
+    def stage(self, key: str | None = None) -> Iterator[Path]:
+        """An empty folder on the store's disk to work in, gone afterwards. A full disk becomes an LlmoptError.
+
+        With the `key` of an action, the folder is that action's own: it stays when the work ends early, whatever ended
+        it, and is handed out again with what lies in it. While another process works in it, this one gets another.
+        What lies in its sub-folder `BEGUN` is the work's own record and no part of the result.
+        """
         with ExitStack() as stack:
             with self._writing():
-                folder = stack.enter_context(self._aside())
+                folder = None
+                if key is not None:
+                    folder = stack.enter_context(disk.lasting(self._begun(key)))
+                folder = folder or stack.enter_context(self._aside())
             try:
                 yield folder
             except Exception as error:
                 if isinstance(error, LlmoptError) or not disk.is_full(error):
                     raise
                 raise disk.full("the store", self.root, option=_OPTION) from error
+
+    def forget(self, key: str) -> None:
+        """Remove what an action that ended early has left, unless a process is at work on it."""
+        if not self._begun(key).exists():
+            return
+        with self._writing(), disk.lasting(self._begun(key)):
+            pass
 
     def put(
         self,
@@ -112,6 +129,8 @@ class Store:
                 result = {"schema": _ACTION_SCHEMA, "artifact": manifest.id, "action": action.to_json()}
                 target = self.root / "actions" / action.key / f"{manifest.hex}.json"
                 disk.publish(canonical_json(result), target, aside=aside, root=self.root)
+            for path in files:  # theirs no more: until here a crash leaves the folder as it was
+                (folder / path).unlink()
         return manifest
 
     def set_name(self, name: str, artifact: str) -> None:
@@ -263,6 +282,9 @@ class Store:
     def _writing(self, needs: int = 0) -> AbstractContextManager[None]:
         return disk.writing("the store", self.root, option=_OPTION, needs=needs)
 
+    def _begun(self, key: str) -> Path:
+        return self.root / "begun" / _checked_hex(key)
+
     def _blob(self, sha256: str) -> Path:
         return self.root / "blobs" / "sha256" / sha256[:2] / sha256
 
@@ -377,19 +399,22 @@ def _mark(found: os.stat_result) -> tuple[int, int, int]:
 
 
 def _take(folder: Path, aside: Path) -> dict[str, Path]:
-    """The files of a staged folder by their paths in it, none of them anyone else's: what has other links is copied."""
+    """The files of a staged folder by their paths in it, as files of `aside` that nobody else will write to.
+
+    The folder keeps them until the artifact is whole: links where nobody else has one, else copies.
+    """
     files: dict[str, Path] = {}
-    device = aside.stat().st_dev
     for file in sorted(folder.rglob("*")):
         found, path = file.lstat(), file.relative_to(folder).as_posix()
-        if stat.S_ISDIR(found.st_mode):
+        if stat.S_ISDIR(found.st_mode) or path.startswith(f"{BEGUN}/"):
             continue
         if not stat.S_ISREG(found.st_mode):
             raise LlmoptError(f"`{path}` cannot be stored: it is not a regular file", hint="store plain files only")
-        files[path] = file
-        if found.st_nlink > 1 or found.st_dev != device:
-            files[path] = aside / f"{len(files)}.copy"
+        files[path] = aside / f"{len(files)}.taken"
+        if found.st_nlink > 1:
             disk.copy_file(file, files[path])
+        else:
+            disk.link_or_copy(file, files[path])
     if not files:
         raise LlmoptError(f"nothing to store in `{folder}`", hint="an artifact has at least one file")
     return files

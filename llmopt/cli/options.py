@@ -77,3 +77,23 @@ def integers(flag: str, text: str | None) -> list[int] | None:
         raise SettingsError(
             f"`{flag} {text}` is not a list of whole numbers", hint=f"for example `{flag} 1,4,16`"
         ) from None
+
+
+def byte_size(flag: str, text: str | None) -> int | None:
+    """`8GiB` or `500MB`, the value of `flag`, in bytes; a bare number counts bytes."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1} | {
+        f"{unit}{'i' * binary}b": (1024 if binary else 1000) ** power
+        for power, unit in enumerate("kmgt", 1)
+        for binary in (True, False)
+    }
+    number = text.strip().lower().rstrip("bigkmt")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise SettingsError(f"`{flag} {text}` is not a size", hint=f"for example `{flag} 8GiB` or `{flag} 500MB`")
+    return size

@@ -52,6 +52,17 @@ def quantize(
     seq_len: Annotated[int | None, opt.option("--seq-len", metavar="L", help="Tokens in each of them.")] = None,
     seed: opt.Seed = None,
     lm_head: Annotated[bool | None, opt.option("--lm-head/--no-lm-head", help="Quantize the output layer too.")] = None,
+    precision: Annotated[
+        str | None,
+        opt.option("--precision", metavar="P", help="auto (BF16 where the machine has it) or float32."),
+    ] = None,
+    memory_budget: Annotated[
+        str | None,
+        opt.option("--memory-budget", metavar="SIZE", help="8GiB, say: what goes past it lies in files meanwhile."),
+    ] = None,
+    resume: Annotated[
+        bool, opt.option("--resume/--no-resume", help="Go on from what an interrupted run finished [default].")
+    ] = True,
     out: opt.Out = None,
     name: opt.Name = None,
     store: opt.StoreFolder = None,
@@ -88,5 +99,9 @@ def quantize(
         seq_len=seq_len,
         seed=seed,
         lm_head=lm_head,
+        precision=precision,
     )
-    delivery.deliver(runner.run(session.store, stages.quantize(source, settings), session.console.progress))
+    stage = stages.quantize(source, settings, memory_bytes=opt.byte_size("--memory-budget", memory_budget))
+    if not resume:
+        session.store.forget(stage.action.key)
+    delivery.deliver(runner.run(session.store, stage, session.console.progress))

@@ -48,6 +48,7 @@ class DecoderBlock:
     config: DecoderConfig
     tensors: dict[str, torch.Tensor]
     input_transform: dict[str, InputTransform] = field(default_factory=dict)
+    half: bool = False  # linears multiply in BF16, as the models are served; everything else stays float32
 
     def enter(self, site: Site, state: State, rotary: tuple[torch.Tensor, torch.Tensor]) -> State:
         """Compute up to the input of `site`'s linears; sites come in the family's order."""
@@ -75,7 +76,11 @@ class DecoderBlock:
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if name in self.input_transform:
             x = self.input_transform[name](x)
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        weight, bias = self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        if not self.half:
+            return F.linear(x, weight, bias)
+        y = F.linear(x.bfloat16(), weight.bfloat16()).float()
+        return y if bias is None else y.add_(bias)
 
     def _norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.tensors[f"{name}.weight"], self.config.norm_eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -29,11 +30,26 @@ class Workers:
         torch.set_num_threads(self._threads_before)
 
     def map(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-        """Results in the order of `items`, without gradients, at most two of each core ahead: they may be large."""
+        """Results in the order of `items`, without gradients, at most one more than cores ahead: they may be large."""
         guarded = torch.no_grad()(function)  # whether gradients are kept is a thread's own setting
-        todo, ahead = list(items), 2 * self._count
+        todo, ahead = list(items), self._count + 1
         waiting = [self._pool.submit(guarded, item) for item in todo[:ahead]]
         for position in range(len(todo)):
             yield waiting.pop(0).result()
             if position + ahead < len(todo):
                 waiting.append(self._pool.submit(guarded, todo[position + ahead]))
+
+
+@contextmanager
+def bfloat16_products(on: bool) -> Iterator[None]:
+    """Matrix products of float32 take BF16 factors and sum in float32: twice as fast where the machine has BF16.
+
+    The switch is the process's own, so it is turned only where no other thread is at work.
+    """
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16" if on else "ieee"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -57,6 +57,13 @@ def arithmetic() -> dict[str, str]:
     return architecture() | {"isa": "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "baseline"}
 
 
+def has_bfloat16() -> bool:
+    """Whether matrix products with BF16 factors are faster here than with float32."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(
+        cpu_info().get("flags", cpu_info().get("Features", "")).split()
+    )
+
+
 def fingerprint() -> dict[str, str]:
     """The target of a measurement: what its figures hold for."""
     return architecture() | {"cpu": cpu_model(), "cores": str(cores())}

@@ -29,6 +29,7 @@ class Stage:
     check: Callable[[], None]
     produce: Callable[[Path, Progress], Outcome]
     repeatable: bool = True  # the same action gives the same bytes; a measurement does not
+    resumable: bool = False  # `produce` goes on from what an earlier one, ended early, left in its folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,13 @@ def execute(
 ) -> StageResult:
     """Check, work in a staging folder, publish. Whatever ends it early, nothing half-made can be found.
 
+    A resumable stage finds in its folder what it left when it was ended.
+
     `keep` is called with the staging folder of a measurement that ended early, since that cannot be had again.
     """
     start, started = time.monotonic(), time.time()
     stage.check()
-    with store.stage() as out:
+    with store.stage(stage.action.key if stage.resumable else None) as out:
         try:
             outcome = stage.produce(out, progress)
         except BaseException:

@@ -31,8 +31,11 @@ REFERENCES: Mapping[str, tuple[str, ...]] = {
 _SERVING = ("openvino", "openvino-genai", "uvicorn")
 
 
-def quantize(model: Input, settings: Mapping[str, Any]) -> Stage:
-    """A quantized model from a checkpoint; `calib` in the settings is a text file, by default the one shipped."""
+def quantize(model: Input, settings: Mapping[str, Any], *, memory_bytes: int | None = None) -> Stage:
+    """A quantized model from a checkpoint; `calib` in the settings is a text file, by default the one shipped.
+
+    `memory_bytes` bounds what this process takes, and changes no bytes.
+    """
     from llmopt import quantizers
 
     values = dict(settings)
@@ -41,6 +44,8 @@ def quantize(model: Input, settings: Mapping[str, Any]) -> Stage:
     calibration = inputs.text(text or CALIBRATION_TEXT) if resolved.needs_calibration else None
     inputs.require(model, "quantize", "model", "quantized-model")
     path = None if calibration is None else calibration.path
+    bfloat16 = resolved.common.precision == "auto" and machine.has_bfloat16()
+    execution = quantizers.Execution(bfloat16=bfloat16, memory_bytes=memory_bytes)
     return Stage(
         kind="quantized-model",
         action=Action(
@@ -50,10 +55,11 @@ def quantize(model: Input, settings: Mapping[str, Any]) -> Stage:
             settings=resolved.to_json(),
             code=provenance.code_digest("quantize"),
             deps=provenance.versions(quantizers.deps(resolved)),
-            target=machine.arithmetic(),
+            target=machine.arithmetic() | {"products": "bfloat16" if bfloat16 else "float32"},
         ),
-        check=lambda: quantizers.check(model.path, resolved, path),
-        produce=lambda out, progress: quantizers.quantize(model.path, resolved, path, out, progress),
+        check=lambda: quantizers.check(model.path, resolved, path, execution),
+        produce=lambda out, progress: quantizers.quantize(model.path, resolved, path, out, progress, execution),
+        resumable=True,
     )
 
 

@@ -6,14 +6,18 @@ in-features of one group, N tokens. Everything is float32 on the CPU; codes are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from llmopt.formats.base import QuantizedWeight
 from llmopt.formats.scheme import Scheme
 
+#: Does a function for every item, in any order, with results in theirs: `map`, or `Workers.map`.
+Each: TypeAlias = Callable[[Callable[[int], None], Iterable[int]], Iterator[None]]
+_STRIPE = 512  # columns of a Hessian that are added to at once
 SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # shares of a group's range that are tried: to a half
 
 
@@ -115,40 +119,63 @@ class Statistics:
     """
 
     tokens: int = 0
-    hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens
+    hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens; below its diagonal until `finish`
     abs_sum_I: torch.Tensor | None = None  # sum of |x|
     abs_max_I: torch.Tensor | None = None  # max of |x|
     cross_II: torch.Tensor | None = None  # sum of o x^T
     ahead_OI: torch.Tensor | None = None  # sum of d x^T, where the site's output is added to the residual stream
 
-    @classmethod
-    def of(
-        cls,
+    def take(
+        self,
         x: torch.Tensor,
         wanted: frozenset[str],
+        *,
         original: torch.Tensor | None = None,
         ahead: torch.Tensor | None = None,
-    ) -> Statistics:
-        """Of one batch; x and `original` are [..., I], `ahead` is [..., O]."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        return cls(
-            tokens=len(x_NI),
-            hessian_II=x_NI.T @ x_NI if "hessian" in wanted else None,
-            abs_sum_I=x_NI.abs().sum(dim=0) if "abs_sum" in wanted else None,
-            abs_max_I=x_NI.abs().amax(dim=0) if "abs_max" in wanted else None,
-            cross_II=None if original is None else original.reshape(x_NI.shape).T @ x_NI,
-            ahead_OI=None if ahead is None else ahead.reshape(len(x_NI), -1).T @ x_NI,
-        )
+        each: Each = map,
+    ) -> None:
+        """Add one batch; x and `original` are [..., I], `ahead` is [..., O].
 
-    def add(self, other: Statistics) -> None:
-        """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
-        for name in ("hessian_II", "abs_sum_I", "abs_max_I", "cross_II", "ahead_OI"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine is None:
-                setattr(self, name, theirs)
-            elif theirs is not None:
-                torch.maximum(mine, theirs, out=mine) if name == "abs_max_I" else mine.add_(theirs)
-        self.tokens += other.tokens
+        `each` does independent pieces of the products, on all cores say. Every sum is over the batches in the order in
+        which they are taken, so the bytes depend on nothing else.
+        """
+        x_NI = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += len(x_NI)
+        if "abs_sum" in wanted:
+            sum_I = x_NI.abs().sum(dim=0)
+            self.abs_sum_I = sum_I if self.abs_sum_I is None else self.abs_sum_I.add_(sum_I)
+        if "abs_max" in wanted:
+            max_I = x_NI.abs().amax(dim=0) if len(x_NI) else torch.zeros(x_NI.shape[1])
+            self.abs_max_I = max_I if self.abs_max_I is None else torch.maximum(self.abs_max_I, max_I)
+        if "hessian" in wanted:
+            self.hessian_II = _add_product(self.hessian_II, x_NI, x_NI, each, lower=True)
+        if original is not None:
+            self.cross_II = _add_product(self.cross_II, original.reshape(x_NI.shape).float(), x_NI, each)
+        if ahead is not None:
+            self.ahead_OI = _add_product(self.ahead_OI, ahead.reshape(len(x_NI), -1), x_NI, each)
+
+    def finish(self) -> Statistics:
+        """Fill in the upper half of the Hessian, in place; after the last batch."""
+        if self.hessian_II is not None:
+            for start in range(0, len(self.hessian_II), _STRIPE):
+                stripe = slice(start, start + _STRIPE)
+                self.hessian_II[stripe, start:] = self.hessian_II[start:, stripe].T.contiguous()
+        return self
+
+
+def _add_product(
+    total: torch.Tensor | None, left_NJ: torch.Tensor, right_NI: torch.Tensor, each: Each, *, lower: bool = False
+) -> torch.Tensor:
+    """total + left^T right, by stripes of columns; with `lower`, each only from its diagonal down."""
+    total_JI = torch.zeros(left_NJ.shape[1], right_NI.shape[1]) if total is None else total
+
+    def add(start: int) -> None:
+        first, stripe = start if lower else 0, slice(start, start + _STRIPE)
+        total_JI[first:, stripe].addmm_(left_NJ[:, first:].T, right_NI[:, stripe])
+
+    for _ in each(add, range(0, right_NI.shape[1], _STRIPE)):
+        pass
+    return total_JI
 
 
 def grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:

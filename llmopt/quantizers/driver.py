@@ -1,57 +1,52 @@
 """Stream a checkpoint through a method: read a block, calibrate, quantize, pass its outputs on, write it, free it.
 
 Each block runs once for GPTQ and rounding to nearest (a site's weights are replaced before their outputs are
-computed), twice for AWQ and SmoothQuant, whose scales need the inputs of all sites first. Batches run on all cores
-with one BLAS thread each, and are reduced in their order: the bytes do not depend on the number of cores.
+computed), twice where scales are searched, which need the inputs of all sites first. Batches run on all cores with one
+BLAS thread each; sums over them are taken in their order: the bytes do not depend on the number of cores. A finished
+block is durable: the same run, started again, goes on after it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.formats.base import Stored
+from llmopt.formats.base import QuantizedReader, Stored
 from llmopt.formats.dequantized import int8_input, load_block, load_float
 from llmopt.formats.reading import get_format
-from llmopt.models.checkpoint import Checkpoint
+from llmopt.models.checkpoint import Checkpoint, TensorInfo, read_header
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
-from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
+from llmopt.models.decoder import DecoderBlock, rms_norm, rotary_tables
 from llmopt.models.families import Site
-from llmopt.models.parallel import Workers
-from llmopt.models.writer import CheckpointWriter
+from llmopt.models.parallel import Workers, bfloat16_products
+from llmopt.models.writer import CheckpointWriter, Writable
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
-from llmopt.quantizers.methods import Context, Scaler, method_of
+from llmopt.quantizers.execution import Execution
+from llmopt.quantizers.journal import Journal
+from llmopt.quantizers.memory import BATCH_TOKENS, ROWS, shelf_bytes
+from llmopt.quantizers.methods import Scaler, method_of
 from llmopt.quantizers.scaling import fold_scale, tie_heads
 from llmopt.quantizers.settings import QuantizeSettings
+from llmopt.quantizers.shelf import Batch, Shelf
 
-_BATCH_TOKENS = 4096  # of one forward pass and one partial Hessian
-_ROWS = 1024  # rounded together; fixed, so that the partition never depends on the machine
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+Tensors: TypeAlias = dict[str, Writable]
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Some windows on their way: as the blocks quantized so far make them and, if asked for, as the original does."""
+@dataclass
+class _Part:
+    """What quantizing a block, or the head, came to beside its tensors."""
 
-    ours: State
-    original: State | None
-
-    @classmethod
-    def start(cls, ours: torch.Tensor, original: torch.Tensor | None) -> _Batch:
-        return cls(State(ours, ours), None if original is None else State(original, original))
-
-    def enter(
-        self, block: DecoderBlock, original: DecoderBlock, site: Site, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> _Batch:
-        theirs = None if self.original is None else original.enter(site, self.original, rotary)
-        return _Batch(block.enter(site, self.ours, rotary), theirs)
-
-    def leave(self, block: DecoderBlock, original: DecoderBlock) -> _Batch:
-        return _Batch.start(block.leave(self.ours), None if self.original is None else original.leave(self.original))
+    tensors: Tensors = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)  # relative, by linear
 
 
 class Driver:
@@ -65,81 +60,174 @@ class Driver:
         windows: np.ndarray | None,
         workers: Workers,
         progress: Progress,
+        execution: Execution,
     ) -> None:
         self._checkpoint, self._config, self._settings, self._progress = checkpoint, config, settings, progress
-        self._windows, self._map = windows, workers.map
+        self._windows, self._map, self._execution = windows, workers.map, execution
+        self._half = execution.bfloat16
         self._scheme = settings.method.scheme
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
-        self._events: list[str] = []
-        self._errors: dict[str, float] = {}
+        if windows is not None:
+            self._rotary = rotary_tables(config, windows.shape[1])
 
     @torch.no_grad()
     def run(self, out: Path) -> Outcome:
-        """Quantize every block in turn and write the checkpoint."""
-        config, family = self._config, self._config.family
-        writer = CheckpointWriter(out, config.layers + 2)
-        writer.write({f"{family.embedding}.weight": self._checkpoint.tensor(f"{family.embedding}.weight")})
-        batches = self._embed()
-        if self._windows is not None:
-            self._rotary = rotary_tables(config, self._windows.shape[1])
-        for index in range(config.layers):
-            tensors, batches = self._quantize_block(index, batches)
-            writer.write(tensors)
+        """Quantize every block in turn and write the checkpoint.
+
+        `out` is empty, or holds what a run with the very same arguments left when it was ended early.
+        """
+        config = self._config
+        writer, journal = (
+            CheckpointWriter(out, config.layers + 2),
+            Journal(out / ".begun", self._execution.save_after_s),
+        )
+        records = journal.finished([writer.shard(number + 1) for number in range(config.layers + 2)])
+        if not records:
+            embedding = f"{config.family.embedding}.weight"
+            records.append({"events": [], "errors": {}})
+            journal.record(0, writer.write(1, {embedding: self._checkpoint.tensors[embedding]}), records[0])
+        shelf = self._resume(out, journal, min(len(records) - 1, config.layers))
+        for number in range(len(records), config.layers + 2):
+            last = number > config.layers
+            part = self._finish(shelf) if last else self._quantize_block(number - 1, shelf)
+            records.append({"events": part.events, "errors": part.errors})
+            journal.record(number, writer.write(number + 1, part.tensors), records[-1])
             self._checkpoint.release()
-            self._progress(f"block {index + 1}/{config.layers}: {self._summary(config.block(index))}")
-        writer.write(self._finish(batches))
-        return self._outcome(writer, out)
+            if not last:
+                journal.save(number, shelf)
+                self._progress(self._line(number, part))
+        return self._outcome(writer, out, journal, records)
 
-    def _embed(self) -> list[_Batch]:
+    def check_block(self, quantized: Path, index: int) -> list[str]:
+        """Quantize block `index` again, after the blocks before it as `quantized` has them; the tensors that differ."""
+        shelf = self._embed(quantized / "none")
+        written = Checkpoint.open(quantized)
+        self._replay(shelf, written, range(index))
+        part = self._quantize_block(index, shelf)
+        return [name for name, value in part.tensors.items() if not _same(value, written, name)]
+
+    # -- activations
+
+    def _embed(self, folder: Path) -> Shelf:
         """The calibration windows as batches; none without calibration."""
-        if self._windows is None:
-            return []
-        table = self._checkpoint.tensor(f"{self._config.family.embedding}.weight")
-        ids = torch.from_numpy(self._windows)
-        parts = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
-        return [_Batch.start(x, x if self._rounder.compares else None) for x in (table[part].float() for part in parts)]
+        windows = self._windows
+        capacity = 0 if windows is None else self._shelf_bytes(windows.shape[1])
+        shelf = Shelf(folder, capacity, self._half)
+        if windows is None:
+            return shelf
+        table = self._checkpoint.array(f"{self._config.family.embedding}.weight")
+        dtype = self._checkpoint.tensors[f"{self._config.family.embedding}.weight"].dtype
+        step = max(1, BATCH_TOKENS // windows.shape[1])
+        for number, first in enumerate(range(0, len(windows), step)):
+            rows = torch.from_numpy(table[windows[first : first + step]])
+            x = (rows.view(torch.bfloat16) if dtype == "BF16" else rows).float()
+            shelf.put(number, Batch.start(x, x if self._rounder.compares else None, half=self._half))
+        self._checkpoint.release()
+        return shelf
 
-    def _quantize_block(self, index: int, batches: list[_Batch]) -> tuple[dict[str, torch.Tensor], list[_Batch]]:
-        """The block's tensors for the disk, and its outputs on the calibration windows."""
-        config, prefix = self._config, self._config.block(index)
+    def _shelf_bytes(self, seq_len: int) -> int:
+        return shelf_bytes(self._config, self._settings, seq_len, self._execution.memory_bytes)
+
+    def _resume(self, out: Path, journal: Journal, done: int) -> Shelf:
+        """The activations that enter block `done`: kept ones, carried on through the blocks finished since."""
+        folder = out / ".begun" / "shelf"
+        if done == 0 or self._windows is None:
+            return self._embed(folder)
+        if done == self._config.layers and not self._settings.common.lm_head:
+            return Shelf(folder, 0, self._half)
+        self._progress(f"going on after block {done}/{self._config.layers}")
+        first, shelf = 0, None
+        if (kept := journal.saved(done, half=self._half)) is not None:
+            first, shelf = kept[0], Shelf(folder, self._shelf_bytes(self._windows.shape[1]), self._half)
+            for number, batch in enumerate(kept[1]):
+                shelf.put(number, batch)
+        shelf = shelf or self._embed(folder)
+        tensors: dict[str, TensorInfo] = {}
+        for file in sorted(out.glob("model-*.safetensors")):
+            tensors |= read_header(file)
+        config = {**self._checkpoint.config, "quantization_config": self._format.config(self._scheme, head=False)}
+        self._replay(shelf, Checkpoint(out, config, tensors), range(first, done))
+        return shelf
+
+    def _replay(self, shelf: Shelf, written: Checkpoint, blocks: range) -> None:
+        """Carry the activations through blocks that are quantized already."""
+        reader = QuantizedReader(written, self._format, self._scheme)
+        for index in blocks:
+            block = load_block(written, self._config, reader, index)
+            original = load_block(self._checkpoint, self._config, None, index) if self._rounder.compares else block
+            block.half = original.half = self._half
+            for site in self._config.family.sites:
+                self._enter(block, original, site, shelf)
+            self._leave(block, original, shelf)
+            written.release()
+            self._checkpoint.release()
+
+    def _walk(self, shelf: Shelf, step: Callable[[Batch], Batch], seen: Callable[[Batch], None] | None = None) -> None:
+        """Put `step` of every batch in its place, on all cores and in order; `seen` sees each on its way."""
+        numbers = shelf.numbers()
+        with bfloat16_products(self._half):
+            for number, batch in zip(numbers, self._map(lambda n: step(shelf.get(n)), numbers), strict=True):
+                if seen is not None:
+                    seen(batch)
+                shelf.put(number, batch)
+
+    # -- one block
+
+    def _quantize_block(self, index: int, shelf: Shelf) -> _Part:
+        """The block's tensors for the disk; the shelf then holds its outputs."""
+        config, prefix, part = self._config, self._config.block(index), _Part()
         block = load_block(self._checkpoint, config, None, index)
+        if index + 1 < config.layers:
+            self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes())
+        block.half = self._half
         known: dict[str, Statistics] = {}
         folded: set[str] = set()
         if self._scaler is not None:
-            known = self._observe(block, batches, self._scaler.wanted)
+            known = self._observe(block, shelf, self._scaler.wanted)
             for site in config.family.sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
-        original = DecoderBlock(config, dict(block.tensors))
-        stored: dict[str, Stored] = {}
+            for name in folded & block.tensors.keys() - {f"{linear}.weight" for linear in self._linears()}:
+                stored = _DTYPES[self._checkpoint.tensors[f"{prefix}.{name}"].dtype]
+                block.tensors[name] = block.tensors[name].to(stored).float()  # go on as what is written will
+        original = DecoderBlock(config, dict(block.tensors), half=self._half) if self._rounder.compares else block
         for site in config.family.sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
-            batches = self._enter(block, original, site, batches, statistics)
-            stored |= self._round_site(block, site, prefix, statistics)
-        outputs = list(self._map(lambda batch: batch.leave(block, original), batches))
-        tensors = {name: to_torch(value) for name, value in stored.items()}
+            self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None)
+            weights = {name: block.tensors[f"{name}.weight"] for name in site.linears}
+            rounded, input_scale = self._round(weights, statistics, f"{prefix}.{site.name}", f"{prefix}.", part)
+            for name, values in rounded.items():
+                block.tensors[f"{name}.weight"] = values
+                if self._scheme.activations != "none":
+                    block.input_transform[name] = int8_input(input_scale)
+        self._leave(block, original, shelf)
         for name in config.block_shapes():
-            if name.removesuffix(".weight") in self._linears():
-                continue
-            plain = self._checkpoint.tensor(f"{prefix}.{name}")
-            tensors[f"{prefix}.{name}"] = block.tensors[name].to(plain.dtype) if name in folded else plain
-        return tensors, outputs
+            if name.removesuffix(".weight") not in self._linears():
+                part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
+        return part
 
-    def _observe(self, block: DecoderBlock, batches: list[_Batch], wanted: frozenset[str]) -> dict[str, Statistics]:
+    def _plain(self, name: str, value: torch.Tensor, changed: bool) -> Writable:
+        """A tensor that is not quantized: as it was, or in its own dtype."""
+        info = self._checkpoint.tensors[name]
+        return value.to(_DTYPES[info.dtype]) if changed else info
+
+    def _observe(self, block: DecoderBlock, shelf: Shelf, wanted: frozenset[str]) -> dict[str, Statistics]:
         """Statistics of every site's input under the original weights."""
-        found = {site.name: Statistics() for site in self._config.family.sites}
+        sites = self._config.family.sites
+        found = {site.name: Statistics() for site in sites}
 
-        def run(batch: _Batch) -> list[Statistics]:
-            state, seen = batch.ours, []
-            for site in self._config.family.sites:
-                state = block.enter(site, state, self._rotary)
-                seen.append(Statistics.of(state.site_input, wanted))
+        def inputs(number: int) -> list[torch.Tensor]:
+            batch, seen = shelf.get(number), []
+            for site in sites:
+                batch = batch.enter(block, block, site, self._rotary)
+                seen.append(batch.ours.site_input)
             return seen
 
-        for seen in self._map(run, batches):
-            for statistics, part in zip(found.values(), seen, strict=True):
-                statistics.add(part)
-        return found
+        with bfloat16_products(self._half):
+            for seen in self._map(inputs, shelf.numbers()):
+                for statistics, site_input in zip(found.values(), seen, strict=True):
+                    statistics.take(site_input, wanted, each=self._map)
+        return {name: statistics.finish() for name, statistics in found.items()}
 
     def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
         """Fold the method's scale into the block; returns the tensors other than linears' weights that it changed."""
@@ -154,124 +242,136 @@ class Driver:
         return {f"{site.scaled_by}.weight", f"{site.scaled_by}.bias"}
 
     def _enter(
-        self, block: DecoderBlock, original: DecoderBlock, site: Site, batches: list[_Batch], statistics: Statistics
-    ) -> list[_Batch]:
+        self,
+        block: DecoderBlock,
+        original: DecoderBlock,
+        site: Site,
+        shelf: Shelf,
+        statistics: Statistics | None = None,
+    ) -> None:
         """Walk all batches to the site's input, adding to `statistics` what the rounding wants of it."""
-        wanted = self._rounder.wanted
 
-        def run(batch: _Batch) -> tuple[_Batch, Statistics]:
-            batch = batch.enter(block, original, site, self._rotary)
+        def see(batch: Batch) -> None:
             ours, theirs = batch.ours, batch.original
-            if theirs is None:
-                return batch, Statistics.of(ours.site_input, wanted)
-            ahead = theirs.residual_BTH - ours.residual_BTH if site.adds else None
-            return batch, Statistics.of(ours.site_input, wanted, theirs.site_input, ahead)
+            if statistics is not None:
+                statistics.take(
+                    ours.site_input,
+                    self._rounder.wanted,
+                    original=None if theirs is None else theirs.site_input,
+                    ahead=theirs.residual_BTH - ours.residual_BTH if theirs is not None and site.adds else None,
+                    each=self._map,
+                )
 
-        moved = []
-        for batch, part in self._map(run, batches):
-            moved.append(batch)
-            statistics.add(part)
-        return moved
+        self._walk(shelf, lambda batch: batch.enter(block, original, site, self._rotary), see)
+        if statistics is not None:
+            statistics.finish()
 
-    def _round_site(self, block: DecoderBlock, site: Site, prefix: str, statistics: Statistics) -> dict[str, Stored]:
-        """Replace the site's weights in the block by their rounded selves; returns their encoding."""
-        rows = [len(block.tensors[f"{name}.weight"]) for name in site.linears]
-        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        aim_OI, rounded = self._round(weight_OI, statistics, f"{prefix}.{site.name}")
+    def _leave(self, block: DecoderBlock, original: DecoderBlock, shelf: Shelf) -> None:
+        self._walk(shelf, lambda batch: batch.leave(block, original))
+
+    # -- rounding
+
+    def _round(
+        self, weights: Mapping[str, torch.Tensor], statistics: Statistics, where: str, prefix: str, part: _Part
+    ) -> tuple[dict[str, torch.Tensor], float | None]:
+        """Round linears that read the same input, as one matrix; adds their encodings and errors to `part`.
+
+        Returns their values and the static scale of their input, if it has one.
+        """
+        context = self._rounder.prepare(statistics)
+        part.events += [f"{where}: {event}" for event in context.events]
+        aim_OI = context.aim(torch.cat(list(weights.values())))
+        rounded = Rounded.stack(list(self._map(context.round, torch.split(aim_OI, ROWS))))
         input_scale = None
         if self._scheme.activations == "static" and statistics.abs_max_I is not None:
             input_scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
-        stored: dict[str, Stored] = {}
-        for name, wanted_OI, part in zip(site.linears, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
-            block.tensors[f"{name}.weight"] = part.dequantize()
-            if self._scheme.activations != "none":
-                block.input_transform[name] = int8_input(input_scale)
-            self._note_error(f"{prefix}.{name}", block.tensors[f"{name}.weight"], wanted_OI, statistics)
-            stored |= self._encode(f"{prefix}.{name}", part, input_scale)
-        return stored
+        rows = [len(weight) for weight in weights.values()]
+        values: dict[str, torch.Tensor] = {}
+        for name, wish_OI, own in zip(weights, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
+            values[name] = own.dequantize()
+            part.errors[f"{prefix}{name}"] = _relative_error(values[name], wish_OI, statistics.hessian_II)
+            stored = self._format.encode(own.export(), self._scheme, self._config.dtype, input_scale)
+            part.tensors |= {f"{prefix}{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
+        return values, input_scale
 
-    def _round(self, weight_OI: torch.Tensor, statistics: Statistics, where: str) -> tuple[torch.Tensor, Rounded]:
-        """What the rounding aimed at, and what came out."""
-        context: Context = self._rounder.prepare(statistics)
-        self._events += [f"{where}: {event}" for event in context.events]
-        aim_OI = context.aim(weight_OI)
-        return aim_OI, Rounded.stack(list(self._map(context.round, torch.split(aim_OI, _ROWS))))
-
-    def _encode(self, prefix: str, rounded: Rounded, input_scale: float | None) -> dict[str, Stored]:
-        tensors = self._format.encode(rounded.export(), self._scheme, self._config.dtype, input_scale)
-        return {f"{prefix}.{suffix}": value for suffix, value in tensors.items()}
-
-    def _finish(self, batches: list[_Batch]) -> dict[str, torch.Tensor]:
+    def _finish(self, shelf: Shelf) -> _Part:
         """The last shard: final norm and head, the head quantized if asked."""
-        config, family = self._config, self._config.family
-        tensors = {f"{family.final_norm}.weight": self._checkpoint.tensor(f"{family.final_norm}.weight")}
+        config, family, part = self._config, self._config.family, _Part()
+        norm_name, head_name = f"{family.final_norm}.weight", f"{family.head}.weight"
+        part.tensors[norm_name] = self._checkpoint.tensors[norm_name]
         if config.tie_embeddings:
-            return tensors
-        name = f"{family.head}.weight"
+            return part
         if not self._settings.common.lm_head:
-            return tensors | {name: self._checkpoint.tensor(name)}
-        norm, weight_OI = (
-            load_float(self._checkpoint, f"{family.final_norm}.weight"),
-            load_float(self._checkpoint, name),
-        )
+            part.tensors[head_name] = self._checkpoint.tensors[head_name]
+            return part
+        norm, weight_OI = load_float(self._checkpoint, norm_name), load_float(self._checkpoint, head_name)
         statistics = Statistics()
         wanted = self._rounder.wanted | (self._scaler.wanted if self._scaler else frozenset())
+        with bfloat16_products(self._half):
+            for number in shelf.numbers():
+                batch = shelf.get(number)
+                ours, theirs = (
+                    None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
+                    for state in (batch.ours, batch.original)
+                )
+                assert ours is not None
+                statistics.take(ours, wanted, original=theirs, each=self._map)
+        self._round({family.head: weight_OI}, statistics.finish(), family.head, "", part)
+        return part
 
-        def run(batch: _Batch) -> Statistics:
-            ours, theirs = (
-                None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
-                for state in (batch.ours, batch.original)
-            )
-            assert ours is not None
-            return Statistics.of(ours, wanted, theirs)
+    # -- telling
 
-        for part in self._map(run, batches):
-            statistics.add(part)
-        aim_OI, rounded = self._round(weight_OI, statistics, family.head)
-        self._note_error(family.head, rounded.dequantize(), aim_OI, statistics)
-        scale = None
-        if self._scheme.activations == "static" and statistics.abs_max_I is not None:
-            scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
-        return tensors | {n: to_torch(v) for n, v in self._encode(family.head, rounded, scale).items()}
-
-    def _outcome(self, writer: CheckpointWriter, out: Path) -> Outcome:
+    def _outcome(self, writer: CheckpointWriter, out: Path, journal: Journal, records: list[dict[str, Any]]) -> Outcome:
         head = self._settings.common.lm_head
         config = {k: v for k, v in self._checkpoint.config.items() if k != "quantization_config"}
         config["quantization_config"] = self._format.config(self._scheme, head=head)
         total = writer.finish(config)
         copy_companions(self._checkpoint.path, out)
-        errors = list(self._errors.values())
-        worst = max(self._errors, key=lambda name: self._errors[name])
+        journal.tidy()
+        errors: dict[str, float] = {}
+        for record in records:
+            errors |= record["errors"]
+        worst = max(errors, key=lambda name: errors[name])
         return Outcome(
             metrics={
                 "weight_bytes": total,
                 "calibration_tokens": 0 if self._windows is None else int(self._windows.size),
-                "relative_error_mean": round(sum(errors) / len(errors), 6),
-                "relative_error_max": round(self._errors[worst], 6),
+                "relative_error_mean": round(sum(errors.values()) / len(errors), 6),
+                "relative_error_max": round(errors[worst], 6),
                 "relative_error_max_linear": worst,
             },
-            events=tuple(self._events),
+            events=tuple(event for record in records for event in record["events"]),
         )
 
-    def _note_error(self, name: str, rounded_OI: torch.Tensor, aim_OI: torch.Tensor, statistics: Statistics) -> None:
-        """Relative error of the linear's output on the calibration inputs, or of its weight where there are none."""
-        hessian_II = statistics.hessian_II
-
-        def size(matrix_OI: torch.Tensor) -> torch.Tensor:
-            return (matrix_OI if hessian_II is None else matrix_OI @ hessian_II).mul(matrix_OI).sum()
-
-        self._errors[name] = float((size(rounded_OI - aim_OI) / size(aim_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
-
-    def _summary(self, prefix: str) -> str:
-        errors = {name: error for name, error in self._errors.items() if name.startswith(prefix + ".")}
-        worst = max(errors, key=lambda name: errors[name])
-        return f"worst relative error {errors[worst]:.4f} in {worst.removeprefix(prefix + '.')}"
+    def _line(self, number: int, part: _Part) -> str:
+        worst = max(part.errors, key=lambda name: part.errors[name])
+        short = worst.removeprefix(self._config.block(number - 1) + ".")
+        return f"block {number}/{self._config.layers}: worst relative error {part.errors[worst]:.4f} in {short}"
 
     def _linears(self) -> frozenset[str]:
         return frozenset(name for site in self._config.family.sites for name in site.linears)
+
+
+def _relative_error(rounded_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float:
+    """Of the linear's output on the calibration inputs, or of its weight where there are none."""
+
+    def size(matrix_OI: torch.Tensor) -> torch.Tensor:
+        return (matrix_OI if hessian_II is None else matrix_OI @ hessian_II).mul(matrix_OI).sum()
+
+    return float((size(rounded_OI - aim_OI) / size(aim_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
 
 
 def to_torch(stored: Stored) -> torch.Tensor:
     """A tensor for safetensors from the bits of an encoding."""
     tensor = torch.from_numpy(stored.array)
     return tensor.view(torch.bfloat16) if stored.dtype == "BF16" else tensor
+
+
+def _same(value: Writable, written: Checkpoint, name: str) -> bool:
+    """Whether a tensor is the one that is stored under its name, bit by bit."""
+    if name not in written.tensors:
+        return False
+    if isinstance(value, TensorInfo):
+        return value.size == written.tensors[name].size and value.shape == written.tensors[name].shape
+    theirs = written.tensor(name)
+    return value.dtype == theirs.dtype and torch.equal(value.view(torch.uint8), theirs.view(torch.uint8))

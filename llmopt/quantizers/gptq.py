@@ -20,12 +20,13 @@ _BLOCK = 128  # columns updated at once; changes the speed, and the result by no
 class Curvature:
     """The Hessian as the column loop needs it.
 
-    order_P: the column rounded at each step. factor_PP: upper Cholesky factor of the inverse Hessian in that order.
-    diagonal_I: of the Hessian, before damping; what an error in a column costs by itself.
-    damping: the share of the diagonal's mean that was needed to factorize it.
+    order_P: the column rounded at each step. lower_PP: Cholesky factor of the damped Hessian in that order; factor_PP:
+    upper Cholesky factor of its inverse. diagonal_I: of the Hessian, before damping; what an error in a column costs by
+    itself. damping: the share of the diagonal's mean that was needed to factorize it.
     """
 
     order_P: torch.Tensor
+    lower_PP: torch.Tensor
     factor_PP: torch.Tensor
     diagonal_I: torch.Tensor
     damping: float
@@ -36,23 +37,20 @@ def factorize(hessian_II: torch.Tensor, *, damping: float, act_order: bool) -> C
 
     Columns that no calibration token touched get a diagonal of one: they are rounded to nearest and pass on nothing.
     """
-    hessian_II = hessian_II.clone()
-    diagonal_I = hessian_II.diagonal()
+    diagonal_I = hessian_II.diagonal().clone()
     diagonal_I[diagonal_I == 0] = 1.0
     order_P = torch.arange(len(hessian_II))
     if act_order:
         order_P = torch.argsort(diagonal_I, descending=True, stable=True)
-        hessian_II = hessian_II[order_P][:, order_P]
-    mean = hessian_II.diagonal().mean()
+    ordered_PP = hessian_II[order_P[:, None], order_P]
     share = damping
     while share <= 1.0:
-        damped_PP = hessian_II.clone()
-        damped_PP.diagonal().add_(share * mean)
-        lower_PP, failed = torch.linalg.cholesky_ex(damped_PP)
+        ordered_PP.diagonal().copy_(diagonal_I[order_P] + share * diagonal_I.mean())
+        lower_PP, failed = torch.linalg.cholesky_ex(ordered_PP)
         if not failed:
             factor_PP, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_PP), upper=True)
         if not failed and bool(torch.isfinite(factor_PP).all()):
-            return Curvature(order_P, factor_PP, diagonal_I, share)
+            return Curvature(order_P, lower_PP, factor_PP, diagonal_I, share)
         share = max(share * 10, 1e-4)
     return None
 
@@ -62,23 +60,22 @@ def aim(
     hessian_II: torch.Tensor,
     cross_II: torch.Tensor,
     ahead_OI: torch.Tensor | None,
-    *,
-    damping: float,
+    curvature: Curvature,
 ) -> torch.Tensor:
     """The weight that, on the inputs as they are now, comes nearest to the original model's outputs.
 
     The blocks before are quantized, so the site reads x where the original reads o, and adds to a residual stream that
-    is d behind. Minimizing |W' x - (W o + d)|^2 plus `damping` times the distance from W over W' gives
+    is d behind. Minimizing |W' x - (W o + d)|^2 plus the damping times the distance from W over W' gives
     W' = W + (W (sum o x^T - H) + sum d x^T) (H + damping)^-1. Rounding W' against H is then what GPTAQ rounds
     (Li et al., arXiv:2504.02692, section 3), with the residual stream's deviation as well.
     """
-    damped_II = hessian_II.clone()
-    damped_II.diagonal().add_(damping * hessian_II.diagonal().mean())
     gap_OI = weight_OI @ (cross_II - hessian_II)
     if ahead_OI is not None:
         gap_OI += ahead_OI
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    return weight_OI if failed else weight_OI + torch.cholesky_solve(gap_OI.T, lower_II).T
+    order_P = curvature.order_P
+    moved_IO = torch.empty_like(gap_OI.T)
+    moved_IO[order_P] = torch.cholesky_solve(gap_OI.T[order_P], curvature.lower_PP)
+    return weight_OI + moved_IO.T
 
 
 def gptq(weight_OI: torch.Tensor, curvature: Curvature, scheme: Scheme, *, act_order: bool) -> Rounded:
@@ -143,11 +140,16 @@ def refine(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor, 
     system a row. Columns: with everything else fixed, the best code of a column is the one nearest to where the
     error's derivative vanishes (coordinate descent). Neither step can make a row worse; one that would (because
     scales are rounded to be exact) is not taken. hessian_II must be positive definite.
+
+    Costs 2 O I^2 multiplications and 2 O I^2 more a sweep, nearly all of them in matrix products.
     """
-    best, best_error_O = rounded, _row_errors(weight_OI - rounded.dequantize(), hessian_II)
+    if sweeps == 0:
+        return rounded
+    error_IO = (weight_OI - rounded.dequantize()).T.contiguous()
+    best, best_error_O = rounded, (error_IO * (hessian_II @ error_IO)).sum(dim=0)
+    pushed_OI = weight_OI @ hessian_II
     for _ in range(sweeps):
-        candidate = _sweep(weight_OI, _refit(weight_OI, best, hessian_II), hessian_II)
-        error_O = _row_errors(weight_OI - candidate.dequantize(), hessian_II)
+        candidate, error_O = _sweep(weight_OI, _refit(pushed_OI, best, hessian_II), hessian_II)
         better_O1 = (error_O < best_error_O)[:, None]
         grid = Grid(torch.where(better_O1, candidate.grid.scale_OG, best.grid.scale_OG), best.grid.zero_OG)
         best = Rounded(torch.where(better_O1, candidate.codes_OI, best.codes_OI), grid, best.scheme)
@@ -155,21 +157,18 @@ def refine(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor, 
     return best
 
 
-def _row_errors(error_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
-    return ((error_OI @ hessian_II) * error_OI).sum(dim=1)
-
-
-def _refit(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor) -> Rounded:
-    """The scales that are best for these codes, rounded to be exact."""
+def _refit(pushed_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor) -> Rounded:
+    """The scales that are best for these codes, rounded to be exact. pushed_OI: the weight times the Hessian."""
     scheme, zero_OG = rounded.scheme, rounded.grid.zero_OG
     steps_OGS = grouped(rounded.codes_OI, scheme) - zero_OG[:, :, None]
     rows, groups, size = steps_OGS.shape
-    spread_OGI = torch.zeros(rows, groups, groups * size)
+    left_OGG = torch.zeros(rows, groups, groups)
     for g in range(groups):
-        spread_OGI[:, g, g * size : (g + 1) * size] = steps_OGS[:, g]
-    pushed_OGI = spread_OGI @ hessian_II
-    left_OGG = pushed_OGI @ spread_OGI.transpose(1, 2)
-    right_OG = (pushed_OGI @ weight_OI[:, :, None])[:, :, 0]
+        # The rows of H that meet this group, from its own columns on: the system is symmetric.
+        reach_OGS = (steps_OGS[:, g] @ hessian_II[g * size : (g + 1) * size, g * size :]).view(rows, groups - g, size)
+        left_OGG[:, g, g:] = (reach_OGS * steps_OGS[:, g:]).sum(dim=2)
+    left_OGG += left_OGG.triu(1).transpose(1, 2)
+    right_OG = (pushed_OI.view(rows, groups, size) * steps_OGS).sum(dim=2)
     empty_OG = (steps_OGS == 0).all(dim=2)
     left_OGG.diagonal(dim1=1, dim2=2)[empty_OG] = 1.0
     solved_OG = torch.linalg.solve_ex(left_OGG, right_OG).result
@@ -178,18 +177,31 @@ def _refit(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor) 
     return Rounded(rounded.codes_OI, Grid(scale_OG, zero_OG), scheme)
 
 
-def _sweep(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor) -> Rounded:
-    """Each column once, in order, to its best code given all the others."""
+def _sweep(weight_OI: torch.Tensor, rounded: Rounded, hessian_II: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
+    """Each column once, in order, to its best code given all the others; with the error of each row afterwards.
+
+    slope_IO, half the error's derivative, is kept up to date for the columns of a block at once, for later blocks by
+    one product a block.
+    """
     scheme, top = rounded.scheme, (1 << rounded.scheme.bits) - 1
     size = weight_OI.shape[1] // rounded.grid.scale_OG.shape[1]
     codes_IO, scale_GO, zero_GO = (
         t.T.contiguous() for t in (rounded.codes_OI, rounded.grid.scale_OG, rounded.grid.zero_OG)
     )
-    slope_IO = hessian_II @ (weight_OI - rounded.dequantize()).T
-    for i in range(len(codes_IO)):
-        scale_O, zero_O = scale_GO[i // size], zero_GO[i // size]
-        value_O = (codes_IO[i] - zero_O) * scale_O + slope_IO[i] / hessian_II[i, i]
-        code_O = (value_O / scale_O).round_().add_(zero_O).clamp_(0, top)
-        slope_IO.addr_(hessian_II[:, i], (code_O - codes_IO[i]) * scale_O, alpha=-1)
-        codes_IO[i] = code_O
-    return Rounded(codes_IO.T.contiguous(), rounded.grid, scheme)
+    error_IO = (weight_OI - rounded.dequantize()).T.contiguous()
+    slope_IO = hessian_II @ error_IO
+    error_O = (error_IO * slope_IO).sum(dim=0)
+    for start in range(0, len(codes_IO), _BLOCK):
+        stop = min(start + _BLOCK, len(codes_IO))
+        slope_KO, hessian_KK = slope_IO[start:stop], hessian_II[start:stop, start:stop].contiguous()
+        moved_KO = torch.empty_like(slope_KO)
+        for k in range(stop - start):
+            code_O, scale_O, zero_O = codes_IO[start + k], scale_GO[(start + k) // size], zero_GO[(start + k) // size]
+            wish_O = slope_KO[k] / hessian_KK[k, k] / scale_O + code_O
+            new_O = wish_O.sub_(zero_O).round_().add_(zero_O).clamp_(0, top)
+            torch.mul(new_O - code_O, scale_O, out=moved_KO[k])
+            error_O += moved_KO[k] * (hessian_KK[k, k] * moved_KO[k] - 2 * slope_KO[k])
+            slope_KO.addr_(hessian_KK[:, k], moved_KO[k], alpha=-1)
+            codes_IO[start + k] = new_O
+        slope_IO[stop:].addmm_(hessian_II[stop:, start:stop], moved_KO, alpha=-1)
+    return Rounded(codes_IO.T.contiguous(), rounded.grid, scheme), error_O

@@ -104,7 +104,7 @@ class _GPTQ:
             return Context(round_rows, events=events)
         return Context(
             round_rows,
-            lambda weight_OI: aim(weight_OI, hessian_II, cross_II, statistics.ahead_OI, damping=curvature.damping),
+            lambda weight_OI: aim(weight_OI, hessian_II, cross_II, statistics.ahead_OI, curvature),
             events,
         )
 

@@ -11,16 +11,19 @@ from llmopt.formats.reading import get_format
 from llmopt.models.checkpoint import FLOATS, Checkpoint
 from llmopt.models.config import DecoderConfig
 from llmopt.models.text import read_tokens, windows
+from llmopt.quantizers.execution import Execution
+from llmopt.quantizers.memory import shelf_bytes
 from llmopt.quantizers.settings import QuantizeSettings
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None) -> None:
+def check(model: Path, settings: QuantizeSettings, calibration: Path | None, execution: Execution) -> None:
     """Family, shapes, settings, text, and weights that are not finite; raises LlmoptError."""
     checkpoint = Checkpoint.open(model)
     config = DecoderConfig.read(checkpoint)
     if "quantization_config" in checkpoint.config:
         raise LlmoptError(f"`{model}` is quantized already", hint="quantize the checkpoint that it was made from")
     _check_shapes(config, settings)
+    shelf_bytes(config, settings, settings.common.seq_len, execution.memory_bytes)
     if settings.needs_calibration:
         calibration_windows(model, settings, config, calibration)
     _check_finite(checkpoint)
@@ -78,4 +81,4 @@ def _check_finite(checkpoint: Checkpoint) -> None:
                     f"`{name}` holds values that are not finite (NaN or infinity)",
                     hint="the checkpoint is damaged, or its training diverged",
                 )
-    checkpoint.release()
+        checkpoint.release()  # what has been read need not count as ours

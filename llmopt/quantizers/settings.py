@@ -106,6 +106,7 @@ class Common:
     seq_len: int = 512  # tokens of each
     seed: int = 0  # of the choice of windows
     lm_head: bool = False  # quantize the output head too
+    precision: Literal["auto", "float32"] = "auto"  # of the calibration's products: BF16 where the machine has it
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -210,7 +210,7 @@ def test_progress_names_the_stage_that_speaks(
 ) -> None:
     from llmopt import quantizers
 
-    def work(model: Path, settings: object, calibration: Path, out: Path, progress: Progress) -> Outcome:
+    def work(model: Path, settings: object, calibration: Path, out: Path, progress: Progress, how: object) -> Outcome:
         progress("block 1/2")
         (out / "x").touch()
         return Outcome()
