@@ -1,10 +1,11 @@
-"""Quantize in a child that is killed (SIGKILL) at random times, until one comes through; run by test_resume.py.
+"""Quantize in children that are killed (SIGKILL) at random times, each going on from the last; run by test_resume.py.
 
 Arguments: model, text, store, settings as JSON, seed, kills, seconds that an undisturbed run takes. Prints JSON.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from llmopt.artifacts import Store, describe
 from llmopt.artifacts.manifest import Action
 from llmopt.artifacts.outcome import Outcome, Progress, silent
 from llmopt.pipeline import runner
+from llmopt.quantizers import driver  # noqa: F401  # before the fork: not once a child
 
 
 def stage(model: Path, text: Path, settings: dict[str, Any]) -> runner.Stage:
@@ -46,25 +48,29 @@ def stage(model: Path, text: Path, settings: dict[str, Any]) -> runner.Stage:
 def main() -> None:
     torch.set_num_threads(1)
     model, text, root, settings, seed, kills, seconds = sys.argv[1:]
-    draw, killed, goes_on = random.Random(int(seed)), 0, 0
-    work, store = stage(Path(model), Path(text), json.loads(settings)), Store(Path(root))
-    while True:
-        begun = sorted((store.root / "begun").rglob("*.begun/0*.json"))
-        goes_on += len(begun) > 1
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            runner.run(store, work, silent)
-            os._exit(0)
-        if killed < int(kills):
-            time.sleep(draw.random() * float(seconds))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+    draw, killed, went_on, ids = random.Random(int(seed)), 0, 0, []
+    work = stage(Path(model), Path(text), json.loads(settings))
+    for attempt in itertools.count():
+        store = Store(Path(root) / str(attempt))
+        while True:
+            started = time.monotonic()
+            went_on += len(list((store.root / "begun").rglob(".begun/0*.json"))) > 1
+            child = os.fork()
+            if child == 0:
+                runner.run(store, work, silent)
+                os._exit(0)
+            if killed < int(kills):
+                time.sleep(draw.random() * float(seconds))
+                os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+                break
+            killed += 1
+        ids += store.results(work.action.key)
+        if killed >= int(kills):
             break
-        killed += 1
     left = [str(path) for folder in ("begun", "tmp") for path in (store.root / folder).rglob("*") if path.is_file()]
-    report = {"ids": store.results(work.action.key), "killed": killed, "went_on": goes_on, "left": left}
+    report = {"ids": sorted(set(ids)), "killed": killed, "went_on": went_on, "left": left}
     print(json.dumps(report | {"seconds": time.monotonic() - started}))
 
 

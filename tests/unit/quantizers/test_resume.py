@@ -106,7 +106,7 @@ def test_killed_at_random_times_it_ends_with_the_same_artifact(
 
     whole = go(tmp_path / "whole", 0, 0)
     cut = go(tmp_path / "cut", 20, whole["seconds"])
-    assert cut["killed"] >= 5
+    assert cut["killed"] == 20
     assert cut["went_on"] >= 2
     assert cut["ids"] == whole["ids"]
     assert cut["left"] == whole["left"] == []
