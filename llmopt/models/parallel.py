@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -13,12 +12,21 @@ import torch
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
+_products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
 
 
 class Workers:
-    """Threads of this process for the time of a `with`; torch runs single-threaded inside it, as before outside."""
+    """Threads of this process for the time of a `with`; torch runs single-threaded inside it, as before outside.
+
+    `bfloat16`: matrix products of float32 take BF16 factors and sum in float32, twice as fast where the machine has
+    BF16. Factorizations stay float32.
+    """
+
+    def __init__(self, *, bfloat16: bool = False) -> None:
+        self._products = "bf16" if bfloat16 else "ieee"
 
     def __enter__(self) -> Workers:
+        self._products_before, _products.fp32_precision = _products.fp32_precision, self._products
         self._count = len(os.sched_getaffinity(0))
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -28,6 +36,7 @@ class Workers:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads_before)
+        _products.fp32_precision = self._products_before
 
     def map(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
         """Results in the order of `items`, without gradients, at most one more than cores ahead: they may be large."""
@@ -39,17 +48,3 @@ class Workers:
             if position + ahead < len(todo):
                 waiting.append(self._pool.submit(guarded, todo[position + ahead]))
 
-
-@contextmanager
-def bfloat16_products(on: bool) -> Iterator[None]:
-    """Matrix products of float32 take BF16 factors and sum in float32: twice as fast where the machine has BF16.
-
-    The switch is the process's own, so it is turned only where no other thread is at work.
-    """
-    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16" if on else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before

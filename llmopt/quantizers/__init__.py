@@ -57,7 +57,7 @@ def quantize(
     """
     from llmopt.models.parallel import Workers
 
-    with Workers() as workers:
+    with Workers(bfloat16=execution.bfloat16) as workers:
         return _driver(model, settings, calibration, workers, progress, execution).run(out)
 
 
@@ -73,7 +73,7 @@ def check_block(
     """Quantize one block of `quantized` again and name the tensors that come out other than they are there."""
     from llmopt.models.parallel import Workers
 
-    with Workers() as workers:
+    with Workers(bfloat16=execution.bfloat16) as workers:
         return _driver(model, settings, calibration, workers, progress, execution).check_block(quantized, index)
 
 

@@ -25,7 +25,7 @@ from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, rms_norm, rotary_tables
 from llmopt.models.families import Site
-from llmopt.models.parallel import Workers, bfloat16_products
+from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter, Writable
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.execution import Execution
@@ -166,11 +166,10 @@ class Driver:
     def _walk(self, shelf: Shelf, step: Callable[[Batch], Batch], seen: Callable[[Batch], None] | None = None) -> None:
         """Put `step` of every batch in its place, on all cores and in order; `seen` sees each on its way."""
         numbers = shelf.numbers()
-        with bfloat16_products(self._half):
-            for number, batch in zip(numbers, self._map(lambda n: step(shelf.get(n)), numbers), strict=True):
-                if seen is not None:
-                    seen(batch)
-                shelf.put(number, batch)
+        for number, batch in zip(numbers, self._map(lambda n: step(shelf.get(n)), numbers), strict=True):
+            if seen is not None:
+                seen(batch)
+            shelf.put(number, batch)
 
     # -- one block
 
@@ -223,10 +222,9 @@ class Driver:
                 seen.append(batch.ours.site_input)
             return seen
 
-        with bfloat16_products(self._half):
-            for seen in self._map(inputs, shelf.numbers()):
-                for statistics, site_input in zip(found.values(), seen, strict=True):
-                    statistics.take(site_input, wanted, each=self._map)
+        for seen in self._map(inputs, shelf.numbers()):
+            for statistics, site_input in zip(found.values(), seen, strict=True):
+                statistics.take(site_input, wanted, each=self._map)
         return {name: statistics.finish() for name, statistics in found.items()}
 
     def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
@@ -307,15 +305,14 @@ class Driver:
         norm, weight_OI = load_float(self._checkpoint, norm_name), load_float(self._checkpoint, head_name)
         statistics = Statistics()
         wanted = self._rounder.wanted | (self._scaler.wanted if self._scaler else frozenset())
-        with bfloat16_products(self._half):
-            for number in shelf.numbers():
-                batch = shelf.get(number)
-                ours, theirs = (
-                    None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
-                    for state in (batch.ours, batch.original)
-                )
-                assert ours is not None
-                statistics.take(ours, wanted, original=theirs, each=self._map)
+        for number in shelf.numbers():
+            batch = shelf.get(number)
+            ours, theirs = (
+                None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
+                for state in (batch.ours, batch.original)
+            )
+            assert ours is not None
+            statistics.take(ours, wanted, original=theirs, each=self._map)
         self._round({family.head: weight_OI}, statistics.finish(), family.head, "", part)
         return part
 
