@@ -135,7 +135,7 @@ class Statistics:
             tokens=len(x_NI),
             hessian_II=x_NI.T @ x_NI if "hessian" in wanted else None,
             abs_sum_I=x_NI.abs().sum(dim=0) if "abs_sum" in wanted else None,
-            abs_max_I=x_NI.abs().amax(dim=0) if "abs_max" in wanted else None,
+            abs_max_I=_abs_max(x_NI) if "abs_max" in wanted else None,
             cross_II=None if original is None else original.reshape(x_NI.shape).T @ x_NI,
             ahead_OI=None if ahead is None else ahead.reshape(len(x_NI), -1).T @ x_NI,
         )
@@ -149,6 +149,10 @@ class Statistics:
             elif theirs is not None:
                 torch.maximum(mine, theirs, out=mine) if name == "abs_max_I" else mine.add_(theirs)
         self.tokens += other.tokens
+
+
+def _abs_max(x_NI: torch.Tensor) -> torch.Tensor:
+    return x_NI.abs().amax(dim=0) if len(x_NI) else x_NI.new_zeros(x_NI.shape[1])
 
 
 def grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:

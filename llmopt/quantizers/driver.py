@@ -20,12 +20,13 @@ from llmopt.formats.reading import get_format
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
-from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
+from llmopt.models.decoder import DecoderBlock, PositionTables, State, embed, final_norm, position_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.methods import Context, Scaler, method_of
+from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.scaling import fold_scale, tie_heads
 from llmopt.quantizers.settings import QuantizeSettings
 
@@ -44,11 +45,9 @@ class _Batch:
     def start(cls, ours: torch.Tensor, original: torch.Tensor | None) -> _Batch:
         return cls(State(ours, ours), None if original is None else State(original, original))
 
-    def enter(
-        self, block: DecoderBlock, original: DecoderBlock, site: Site, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> _Batch:
-        theirs = None if self.original is None else original.enter(site, self.original, rotary)
-        return _Batch(block.enter(site, self.ours, rotary), theirs)
+    def enter(self, block: DecoderBlock, original: DecoderBlock, site: Site, tables: PositionTables) -> _Batch:
+        theirs = None if self.original is None else original.enter(site, self.original, tables)
+        return _Batch(block.enter(site, self.ours, tables), theirs)
 
     def leave(self, block: DecoderBlock, original: DecoderBlock) -> _Batch:
         return _Batch.start(block.leave(self.ours), None if self.original is None else original.leave(self.original))
@@ -77,12 +76,12 @@ class Driver:
     @torch.no_grad()
     def run(self, out: Path) -> Outcome:
         """Quantize every block in turn and write the checkpoint."""
-        config, family = self._config, self._config.family
+        config = self._config
         writer = CheckpointWriter(out, config.layers + 2)
-        writer.write({f"{family.embedding}.weight": self._checkpoint.tensor(f"{family.embedding}.weight")})
+        writer.write({name: self._checkpoint.tensor(name) for name in config.embedding_shapes()})
         batches = self._embed()
         if self._windows is not None:
-            self._rotary = rotary_tables(config, self._windows.shape[1])
+            self._tables = position_tables(config, self._windows.shape[1])
         for index in range(config.layers):
             tensors, batches = self._quantize_block(index, batches)
             writer.write(tensors)
@@ -95,31 +94,32 @@ class Driver:
         """The calibration windows as batches; none without calibration."""
         if self._windows is None:
             return []
-        table = self._checkpoint.tensor(f"{self._config.family.embedding}.weight")
         ids = torch.from_numpy(self._windows)
         parts = torch.split(ids, max(1, _BATCH_TOKENS // ids.shape[1]))
-        return [_Batch.start(x, x if self._rounder.compares else None) for x in (table[part].float() for part in parts)]
+        inputs = (embed(self._checkpoint, self._config, part) for part in parts)
+        return [_Batch.start(x, x if self._rounder.compares else None) for x in inputs]
 
     def _quantize_block(self, index: int, batches: list[_Batch]) -> tuple[dict[str, torch.Tensor], list[_Batch]]:
         """The block's tensors for the disk, and its outputs on the calibration windows."""
-        config, prefix = self._config, self._config.block(index)
+        config, prefix, sites = self._config, self._config.block(index), self._config.sites(index)
         block = load_block(self._checkpoint, config, None, index)
         known: dict[str, Statistics] = {}
         folded: set[str] = set()
         if self._scaler is not None:
             known = self._observe(block, batches, self._scaler.wanted)
-            for site in config.family.sites:
+            for site in sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
-        original = DecoderBlock(config, dict(block.tensors))
+        original = DecoderBlock(config, index, dict(block.tensors))
         stored: dict[str, Stored] = {}
-        for site in config.family.sites:
+        for site in sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
             batches = self._enter(block, original, site, batches, statistics)
             stored |= self._round_site(block, site, prefix, statistics)
         outputs = list(self._map(lambda batch: batch.leave(block, original), batches))
         tensors = {name: to_torch(value) for name, value in stored.items()}
-        for name in config.block_shapes():
-            if name.removesuffix(".weight") in self._linears():
+        linears = config.linear_shapes(index)
+        for name in config.block_shapes(index):
+            if name.removesuffix(".weight") in linears:
                 continue
             plain = self._checkpoint.tensor(f"{prefix}.{name}")
             tensors[f"{prefix}.{name}"] = block.tensors[name].to(plain.dtype) if name in folded else plain
@@ -127,12 +127,13 @@ class Driver:
 
     def _observe(self, block: DecoderBlock, batches: list[_Batch], wanted: frozenset[str]) -> dict[str, Statistics]:
         """Statistics of every site's input under the original weights."""
-        found = {site.name: Statistics() for site in self._config.family.sites}
+        sites = self._config.sites(block.index)
+        found = {site.name: Statistics() for site in sites}
 
         def run(batch: _Batch) -> list[Statistics]:
             state, seen = batch.ours, []
-            for site in self._config.family.sites:
-                state = block.enter(site, state, self._rotary)
+            for site in sites:
+                state = block.enter(site, state, self._tables)
                 seen.append(Statistics.of(state.site_input, wanted))
             return seen
 
@@ -143,15 +144,18 @@ class Driver:
 
     def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
         """Fold the method's scale into the block; returns the tensors other than linears' weights that it changed."""
+        fold = site.scaled_by
+        if fold is None or not statistics.tokens:
+            return set()
         weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site, self._config))
+        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site))
         if scale_I is None:
             return set()
-        dtype = self._checkpoint.tensors[f"{self._config.block(0)}.{site.scaled_by}.weight"].dtype
-        scale_I = fold_scale(block, site, scale_I, self._config, dtype)
+        dtype = self._checkpoint.tensors[f"{self._config.block(block.index)}.{fold.name}.weight"].dtype
+        scale_I = fold_scale(block, site, scale_I, dtype)
         if statistics.hessian_II is not None:
             statistics.hessian_II /= torch.outer(scale_I, scale_I)
-        return {f"{site.scaled_by}.weight", f"{site.scaled_by}.bias"}
+        return {f"{fold.name}.weight", f"{fold.name}.bias"}
 
     def _enter(
         self, block: DecoderBlock, original: DecoderBlock, site: Site, batches: list[_Batch], statistics: Statistics
@@ -160,9 +164,9 @@ class Driver:
         wanted = self._rounder.wanted
 
         def run(batch: _Batch) -> tuple[_Batch, Statistics]:
-            batch = batch.enter(block, original, site, self._rotary)
+            batch = batch.enter(block, original, site, self._tables)
             ours, theirs = batch.ours, batch.original
-            if theirs is None:
+            if theirs is None or site.expert is not None:  # the original may route other tokens to an expert
                 return batch, Statistics.of(ours.site_input, wanted)
             ahead = theirs.residual_BTH - ours.residual_BTH if site.adds else None
             return batch, Statistics.of(ours.site_input, wanted, theirs.site_input, ahead)
@@ -177,7 +181,14 @@ class Driver:
         """Replace the site's weights in the block by their rounded selves; returns their encoding."""
         rows = [len(block.tensors[f"{name}.weight"]) for name in site.linears]
         weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        aim_OI, rounded = self._round(weight_OI, statistics, f"{prefix}.{site.name}")
+        if self._windows is not None and not statistics.tokens:
+            statistics = Statistics()
+            context = Context(
+                lambda rows_OI: rtn(rows_OI, self._scheme), events=("rounded to nearest: saw no calibration token",)
+            )
+        else:
+            context = self._rounder.prepare(statistics)
+        aim_OI, rounded = self._round(weight_OI, context, f"{prefix}.{site.name}")
         input_scale = None
         if self._scheme.activations == "static" and statistics.abs_max_I is not None:
             input_scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
@@ -190,9 +201,8 @@ class Driver:
             stored |= self._encode(f"{prefix}.{name}", part, input_scale)
         return stored
 
-    def _round(self, weight_OI: torch.Tensor, statistics: Statistics, where: str) -> tuple[torch.Tensor, Rounded]:
+    def _round(self, weight_OI: torch.Tensor, context: Context, where: str) -> tuple[torch.Tensor, Rounded]:
         """What the rounding aimed at, and what came out."""
-        context: Context = self._rounder.prepare(statistics)
         self._events += [f"{where}: {event}" for event in context.events]
         aim_OI = context.aim(weight_OI)
         return aim_OI, Rounded.stack(list(self._map(context.round, torch.split(aim_OI, _ROWS))))
@@ -204,30 +214,26 @@ class Driver:
     def _finish(self, batches: list[_Batch]) -> dict[str, torch.Tensor]:
         """The last shard: final norm and head, the head quantized if asked."""
         config, family = self._config, self._config.family
-        tensors = {f"{family.final_norm}.weight": self._checkpoint.tensor(f"{family.final_norm}.weight")}
+        tensors = {name: self._checkpoint.tensor(name) for name in config.final_shapes()}
         if config.tie_embeddings:
             return tensors
         name = f"{family.head}.weight"
         if not self._settings.common.lm_head:
             return tensors | {name: self._checkpoint.tensor(name)}
-        norm, weight_OI = (
-            load_float(self._checkpoint, f"{family.final_norm}.weight"),
-            load_float(self._checkpoint, name),
-        )
+        norm, weight_OI = final_norm(self._checkpoint, config), load_float(self._checkpoint, name)
         statistics = Statistics()
         wanted = self._rounder.wanted | (self._scaler.wanted if self._scaler else frozenset())
 
         def run(batch: _Batch) -> Statistics:
             ours, theirs = (
-                None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
-                for state in (batch.ours, batch.original)
+                None if state is None else norm(state.residual_BTH) for state in (batch.ours, batch.original)
             )
             assert ours is not None
             return Statistics.of(ours, wanted, theirs)
 
         for part in self._map(run, batches):
             statistics.add(part)
-        aim_OI, rounded = self._round(weight_OI, statistics, family.head)
+        aim_OI, rounded = self._round(weight_OI, self._rounder.prepare(statistics), family.head)
         self._note_error(family.head, rounded.dequantize(), aim_OI, statistics)
         scale = None
         if self._scheme.activations == "static" and statistics.abs_max_I is not None:
@@ -266,9 +272,6 @@ class Driver:
         errors = {name: error for name, error in self._errors.items() if name.startswith(prefix + ".")}
         worst = max(errors, key=lambda name: errors[name])
         return f"worst relative error {errors[worst]:.4f} in {worst.removeprefix(prefix + '.')}"
-
-    def _linears(self) -> frozenset[str]:
-        return frozenset(name for site in self._config.family.sites for name in site.linears)
 
 
 def to_torch(stored: Stored) -> torch.Tensor:
