@@ -105,21 +105,20 @@ def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progre
     """The final norm's outputs, one [T, H] a window."""
     import torch
 
-    from llmopt.formats.dequantized import load_block, load_float
-    from llmopt.models.decoder import rms_norm, rotary_tables
+    from llmopt.formats.dequantized import load_block
+    from llmopt.models.decoder import embed, final_norm, position_tables
 
     checkpoint, config = model.checkpoint, model.config
-    table = checkpoint.tensor(f"{config.family.embedding}.weight")
     step = max(1, _BATCH_TOKENS // tokens.shape[1])
-    batches = [table[part].float() for part in torch.split(tokens, step)]
-    rotary = rotary_tables(config, tokens.shape[1])
+    batches = [embed(checkpoint, config, part) for part in torch.split(tokens, step)]
+    tables = position_tables(config, tokens.shape[1])
     for index in range(config.layers):
         block = load_block(checkpoint, config, model.reader, index)
-        batches = list(workers.map(lambda x, block=block: block.forward(x, rotary), batches))  # type: ignore[misc]
+        batches = list(workers.map(lambda x, block=block: block.forward(x, tables), batches))  # type: ignore[misc]
         checkpoint.release()
         progress(f"block {index + 1}/{config.layers}")
-    norm = load_float(checkpoint, f"{config.family.final_norm}.weight")
-    return [window for x in batches for window in rms_norm(x, norm, config.norm_eps)]
+    norm = final_norm(checkpoint, config)
+    return [window for x in batches for window in norm(x)]
 
 
 def _compare(
@@ -130,7 +129,7 @@ def _compare(
 
     from llmopt.formats.dequantized import load_head
 
-    heads = [load_head(m.checkpoint, m.config, m.reader) for m in models]
+    heads = [(load_head(m.checkpoint, m.config, m.reader), m.config) for m in models]
 
     def window(number: int) -> list[torch.Tensor]:
         return _compare_window([states[number] for states in hidden], heads, tokens[number])
@@ -149,15 +148,21 @@ def _compare(
     return metrics
 
 
-def _compare_window(hidden: list[torch.Tensor], heads: list[torch.Tensor], ids: torch.Tensor) -> list[torch.Tensor]:
+def _compare_window(
+    hidden: list[torch.Tensor], heads: list[tuple[torch.Tensor, DecoderConfig]], ids: torch.Tensor
+) -> list[torch.Tensor]:
     """For each position of one window: the first model's loss; with a second its loss, the KL and the agreement."""
     import torch
+
+    from llmopt.models.decoder import logits
 
     parts: list[list[torch.Tensor]] = []
     for start in range(0, len(ids) - 1, _HEAD_TOKENS):
         part = slice(start, min(start + _HEAD_TOKENS, len(ids) - 1))
         target = ids[part.start + 1 : part.stop + 1, None]
-        logs = [torch.log_softmax(states[part] @ head.T, dim=-1) for states, head in zip(hidden, heads, strict=True)]
+        logs = [
+            torch.log_softmax(logits(states[part], *head), dim=-1) for states, head in zip(hidden, heads, strict=True)
+        ]
         found = [-log.gather(1, target)[:, 0] for log in logs]
         if len(logs) == 2:
             own, base = logs

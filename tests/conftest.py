@@ -17,15 +17,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
-    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "vocab_size": 320,
     "max_position_embeddings": 256,
     "eos_token_id": 0,
     "bos_token_id": None,
     "pad_token_id": None,
+}
+#: What most families call the rest of the shape, and those that call it otherwise or have more of it.
+LLAMA: dict[str, Any] = {"intermediate_size": 256, "num_key_value_heads": 2}
+GEMMA: dict[str, Any] = {"head_dim": 32, "sliding_window": 20, "query_pre_attn_scalar": 64, "num_hidden_layers": 4}
+OWN_SHAPE: dict[str, dict[str, Any]] = {
+    "gemma2": LLAMA | GEMMA,
+    "gemma3_text": LLAMA | GEMMA | {"sliding_window_pattern": 2},
+    "gpt_neox": {"intermediate_size": 256},
+    "falcon": {"ffn_hidden_size": 256},
+    "opt": {"ffn_dim": 256},
+    "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": LLAMA
+    | {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]},
 }
 
 MakeCheckpoint = Callable[..., Path]
@@ -73,8 +84,9 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Pa
         model_type: str = "llama", *, seed: int = 0, dtype: str = "bfloat16", shards: int = 1, **config: Any
     ) -> Path:
         folder = tmp_path_factory.mktemp(model_type)
+        shape = SHAPE | OWN_SHAPE.get(model_type, LLAMA)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SHAPE, **config}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(shape | config)))
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.data.normal_(1.0, 0.3)

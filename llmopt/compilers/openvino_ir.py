@@ -46,6 +46,7 @@ class _Cache:
 class _Decoder:
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint, constants: Constants, round_head: bool) -> None:
         self._config, self._checkpoint, self._constants, self._round_head = config, checkpoint, constants, round_head
+        self._shapes = config.linear_shapes(0)
         self._inputs = {
             "input_ids": _parameter("input_ids", [-1, -1], np.int64),
             "attention_mask": _parameter("attention_mask", [-1, -1], np.int64),
@@ -108,7 +109,7 @@ class _Decoder:
         if scale is not None:
             low, high = _floats(-128 * scale), _floats(127 * scale)
             x = op.fake_quantize(x, low, high, low, high, _INT8_LEVELS)
-        y = op.matmul(x, self._constants.linear(prefix, self._config.linear_shape(linear)), False, True)
+        y = op.matmul(x, self._constants.linear(prefix, self._shapes[linear]), False, True)
         y.set_friendly_name(prefix)
         return op.add(y, self._constants.vector(f"{prefix}.bias")) if linear in self._config.biases else y
 
@@ -132,6 +133,7 @@ class _Decoder:
 
     def _rotary_tables(self) -> tuple[Node, Node]:
         """cos and sin of every position, [B, 1, T, D]."""
+        assert self._config.rope is not None
         frequencies = inv_freq(self._config.rope, self._config.head_dim).reshape(1, -1, 1)
         shape = op.concat([self._batch, _ints(1), _ints(1)], 0)
         frequencies = op.broadcast(op.constant(frequencies), shape, broadcast_spec="BIDIRECTIONAL")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _ACTIVATION_GROUP = 128
 _MODEL = "openvino_model.xml"
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # those whose blocks the graph builder has
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +102,12 @@ def _read(model: Path) -> Source:
     from llmopt.formats.reading import open_model
 
     source = open_model(model)
+    model_type = source.config.family.model_type
+    if model_type not in _FAMILIES:
+        raise LlmoptError(
+            f"the target `openvino` cannot compile the model type `{model_type}`",
+            hint="it compiles " + ", ".join(f"`{name}`" for name in _FAMILIES),
+        )
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise LlmoptError(
             f"no tokenizer in `{model}`", hint="copy tokenizer.json and tokenizer_config.json beside the weights"

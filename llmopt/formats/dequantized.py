@@ -15,12 +15,13 @@ def load_block(
 ) -> DecoderBlock:
     """One block in float32; where activations are quantized, inputs are rounded as the checkpoint says."""
     prefix = config.block(index)
-    block = DecoderBlock(config, {})
-    for name, shape in config.block_shapes().items():
+    block = DecoderBlock(config, index, {})
+    shapes = config.linear_shapes(index)
+    for name in config.block_shapes(index):
         linear = name.removesuffix(".weight")
         weight = None
-        if reader is not None and len(shape) == 2 and (out_in := (shape[0], shape[1])):
-            weight = reader.linear(f"{prefix}.{linear}", out_in)
+        if reader is not None and linear in shapes:
+            weight = reader.linear(f"{prefix}.{linear}", shapes[linear])
         if weight is None or reader is None:
             block.tensors[name] = load_float(checkpoint, f"{prefix}.{name}")
             continue

@@ -53,9 +53,8 @@ def open_model(path: Path) -> Source:
     config, reader = DecoderConfig.read(checkpoint), open_quantized(checkpoint)
     if reader is not None:
         for index in range(config.layers):
-            for site in config.family.sites:
-                for linear in site.linears:
-                    reader.check(f"{config.block(index)}.{linear}", config.linear_shape(linear))
+            for linear, shape in config.linear_shapes(index).items():
+                reader.check(f"{config.block(index)}.{linear}", shape)
         if not config.tie_embeddings:
             reader.check(config.family.head, (config.vocab_size, config.hidden_size))
     return Source(checkpoint, config, reader)

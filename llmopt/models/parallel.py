@@ -47,4 +47,3 @@ class Workers:
             yield waiting.pop(0).result()
             if position + ahead < len(todo):
                 waiting.append(self._pool.submit(guarded, todo[position + ahead]))
-

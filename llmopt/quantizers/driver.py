@@ -9,7 +9,7 @@ block is durable: the same run, started again, goes on after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from llmopt.formats.reading import get_format
 from llmopt.models.checkpoint import Checkpoint, TensorInfo, read_header
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
-from llmopt.models.decoder import DecoderBlock, rms_norm, rotary_tables
+from llmopt.models.decoder import DecoderBlock, embed, final_norm, position_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter, Writable
@@ -31,7 +31,8 @@ from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
 from llmopt.quantizers.memory import BATCH_TOKENS, ROWS, shelf_bytes
-from llmopt.quantizers.methods import Scaler, method_of
+from llmopt.quantizers.methods import Context, Scaler, method_of
+from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.scaling import fold_scale, tie_heads
 from llmopt.quantizers.settings import QuantizeSettings
 from llmopt.quantizers.shelf import Batch, Shelf
@@ -69,7 +70,7 @@ class Driver:
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
         if windows is not None:
-            self._rotary = rotary_tables(config, windows.shape[1])
+            self._tables = position_tables(config, windows.shape[1])
 
     @torch.no_grad()
     def run(self, out: Path) -> Outcome:
@@ -84,9 +85,9 @@ class Driver:
         )
         records = journal.finished([writer.shard(number + 1) for number in range(config.layers + 2)])
         if not records:
-            embedding = f"{config.family.embedding}.weight"
             records.append({"events": [], "errors": {}})
-            journal.record(0, writer.write(1, {embedding: self._checkpoint.tensors[embedding]}), records[0])
+            tables = {name: self._checkpoint.tensors[name] for name in config.embedding_shapes()}
+            journal.record(0, writer.write(1, tables), records[0])
         shelf = self._resume(out, journal, min(len(records) - 1, config.layers))
         for number in range(len(records), config.layers + 2):
             last = number > config.layers
@@ -116,12 +117,9 @@ class Driver:
         shelf = Shelf(folder, capacity, self._half)
         if windows is None:
             return shelf
-        table = self._checkpoint.array(f"{self._config.family.embedding}.weight")
-        dtype = self._checkpoint.tensors[f"{self._config.family.embedding}.weight"].dtype
-        step = max(1, BATCH_TOKENS // windows.shape[1])
-        for number, first in enumerate(range(0, len(windows), step)):
-            rows = torch.from_numpy(table[windows[first : first + step]])
-            x = (rows.view(torch.bfloat16) if dtype == "BF16" else rows).float()
+        parts = torch.split(torch.from_numpy(windows), max(1, BATCH_TOKENS // windows.shape[1]))
+        for number, ids_BT in enumerate(parts):
+            x = embed(self._checkpoint, self._config, ids_BT)
             shelf.put(number, Batch.start(x, x if self._rounder.compares else None, half=self._half))
         self._checkpoint.release()
         return shelf
@@ -157,7 +155,7 @@ class Driver:
             block = load_block(written, self._config, reader, index)
             original = load_block(self._checkpoint, self._config, None, index) if self._rounder.compares else block
             block.half = original.half = self._half
-            for site in self._config.family.sites:
+            for site in self._config.sites(index):
                 self._enter(block, original, site, shelf)
             self._leave(block, original, shelf)
             written.release()
@@ -176,21 +174,24 @@ class Driver:
     def _quantize_block(self, index: int, shelf: Shelf) -> _Part:
         """The block's tensors for the disk; the shelf then holds its outputs."""
         config, prefix, part = self._config, self._config.block(index), _Part()
+        sites, linears = config.sites(index), config.linear_shapes(index)
         block = load_block(self._checkpoint, config, None, index)
         if index + 1 < config.layers:
-            self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes())
+            self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes(index + 1))
         block.half = self._half
         known: dict[str, Statistics] = {}
         folded: set[str] = set()
         if self._scaler is not None:
             known = self._observe(block, shelf, self._scaler.wanted)
-            for site in config.family.sites:
+            for site in sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
-            for name in folded & block.tensors.keys() - {f"{linear}.weight" for linear in self._linears()}:
+            for name in folded & block.tensors.keys() - {f"{linear}.weight" for linear in linears}:
                 stored = _DTYPES[self._checkpoint.tensors[f"{prefix}.{name}"].dtype]
                 block.tensors[name] = block.tensors[name].to(stored).float()  # go on as what is written will
-        original = DecoderBlock(config, dict(block.tensors), half=self._half) if self._rounder.compares else block
-        for site in config.family.sites:
+        original = (
+            DecoderBlock(config, index, dict(block.tensors), half=self._half) if self._rounder.compares else block
+        )
+        for site in sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
             self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None)
             weights = {name: block.tensors[f"{name}.weight"] for name in site.linears}
@@ -200,8 +201,8 @@ class Driver:
                 if self._scheme.activations != "none":
                     block.input_transform[name] = int8_input(input_scale)
         self._leave(block, original, shelf)
-        for name in config.block_shapes():
-            if name.removesuffix(".weight") not in self._linears():
+        for name in config.block_shapes(index):
+            if name.removesuffix(".weight") not in linears:
                 part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
         return part
 
@@ -212,13 +213,13 @@ class Driver:
 
     def _observe(self, block: DecoderBlock, shelf: Shelf, wanted: frozenset[str]) -> dict[str, Statistics]:
         """Statistics of every site's input under the original weights."""
-        sites = self._config.family.sites
+        sites = self._config.sites(block.index)
         found = {site.name: Statistics() for site in sites}
 
         def inputs(number: int) -> list[torch.Tensor]:
             batch, seen = shelf.get(number), []
             for site in sites:
-                batch = batch.enter(block, block, site, self._rotary)
+                batch = batch.enter(block, block, site, self._tables)
                 seen.append(batch.ours.site_input)
             return seen
 
@@ -229,15 +230,18 @@ class Driver:
 
     def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
         """Fold the method's scale into the block; returns the tensors other than linears' weights that it changed."""
+        fold = site.scaled_by
+        if fold is None or not statistics.tokens:
+            return set()
         weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site, self._config))
+        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site))
         if scale_I is None:
             return set()
-        dtype = self._checkpoint.tensors[f"{self._config.block(0)}.{site.scaled_by}.weight"].dtype
-        scale_I = fold_scale(block, site, scale_I, self._config, dtype)
+        dtype = self._checkpoint.tensors[f"{self._config.block(block.index)}.{fold.name}.weight"].dtype
+        scale_I = fold_scale(block, site, scale_I, dtype)
         if statistics.hessian_II is not None:
             statistics.hessian_II /= torch.outer(scale_I, scale_I)
-        return {f"{site.scaled_by}.weight", f"{site.scaled_by}.bias"}
+        return {f"{fold.name}.weight", f"{fold.name}.bias"}
 
     def _enter(
         self,
@@ -250,7 +254,8 @@ class Driver:
         """Walk all batches to the site's input, adding to `statistics` what the rounding wants of it."""
 
         def see(batch: Batch) -> None:
-            ours, theirs = batch.ours, batch.original
+            # The original may route other tokens to an expert: there is nothing to compare with.
+            ours, theirs = batch.ours, batch.original if site.expert is None else None
             if statistics is not None:
                 statistics.take(
                     ours.site_input,
@@ -260,7 +265,7 @@ class Driver:
                     each=self._map,
                 )
 
-        self._walk(shelf, lambda batch: batch.enter(block, original, site, self._rotary), see)
+        self._walk(shelf, lambda batch: batch.enter(block, original, site, self._tables), see)
         if statistics is not None:
             statistics.finish()
 
@@ -276,7 +281,7 @@ class Driver:
 
         Returns their values and the static scale of their input, if it has one.
         """
-        context = self._rounder.prepare(statistics)
+        context = self._prepare(statistics)
         part.events += [f"{where}: {event}" for event in context.events]
         aim_OI = context.aim(torch.cat(list(weights.values())))
         rounded = Rounded.stack(list(self._map(context.round, torch.split(aim_OI, ROWS))))
@@ -292,24 +297,40 @@ class Driver:
             part.tensors |= {f"{prefix}{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
         return values, input_scale
 
+    def _prepare(self, statistics: Statistics) -> Context:
+        """The site's rounding; an expert that saw few tokens, or none, is made up for and told of.
+
+        Fewer tokens than in-features leave directions of the input that were never seen. What is missing of the rank is
+        made up by the same share of an even Hessian, so that errors are not pushed into those directions.
+        """
+        if self._windows is not None and not statistics.tokens:
+            event = "rounded to nearest: saw no calibration token"
+            return Context(lambda weight_OI: rtn(weight_OI, self._scheme), events=(event,))
+        few = ""
+        if (hessian_II := statistics.hessian_II) is not None and statistics.tokens < len(hessian_II):
+            missing = 1 - statistics.tokens / len(hessian_II)
+            hessian_II.diagonal().add_(missing * hessian_II.diagonal().mean())
+            few = f"saw only {statistics.tokens} calibration tokens"
+        context = self._rounder.prepare(statistics)
+        return replace(context, events=(*context.events, few)) if few else context
+
     def _finish(self, shelf: Shelf) -> _Part:
         """The last shard: final norm and head, the head quantized if asked."""
         config, family, part = self._config, self._config.family, _Part()
-        norm_name, head_name = f"{family.final_norm}.weight", f"{family.head}.weight"
-        part.tensors[norm_name] = self._checkpoint.tensors[norm_name]
+        head_name = f"{family.head}.weight"
+        part.tensors |= {name: self._checkpoint.tensors[name] for name in config.final_shapes()}
         if config.tie_embeddings:
             return part
         if not self._settings.common.lm_head:
             part.tensors[head_name] = self._checkpoint.tensors[head_name]
             return part
-        norm, weight_OI = load_float(self._checkpoint, norm_name), load_float(self._checkpoint, head_name)
+        norm, weight_OI = final_norm(self._checkpoint, config), load_float(self._checkpoint, head_name)
         statistics = Statistics()
         wanted = self._rounder.wanted | (self._scaler.wanted if self._scaler else frozenset())
         for number in shelf.numbers():
             batch = shelf.get(number)
             ours, theirs = (
-                None if state is None else rms_norm(state.residual_BTH, norm, config.norm_eps)
-                for state in (batch.ours, batch.original)
+                None if state is None else norm(state.residual_BTH) for state in (batch.ours, batch.original)
             )
             assert ours is not None
             statistics.take(ours, wanted, original=theirs, each=self._map)
@@ -344,9 +365,6 @@ class Driver:
         worst = max(part.errors, key=lambda name: part.errors[name])
         short = worst.removeprefix(self._config.block(number - 1) + ".")
         return f"block {number}/{self._config.layers}: worst relative error {part.errors[worst]:.4f} in {short}"
-
-    def _linears(self) -> frozenset[str]:
-        return frozenset(name for site in self._config.family.sites for name in site.linears)
 
 
 def _relative_error(rounded_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float:

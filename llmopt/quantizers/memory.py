@@ -16,7 +16,8 @@ _MATRICES = 6  # of a Hessian's size while it is factorized
 
 def working_bytes(config: DecoderConfig, settings: QuantizeSettings, seq_len: int) -> int:
     """What the walk over one block may take, by its largest site; an upper estimate."""
-    shapes = [config.linear_shape(name) for site in config.family.sites for name in site.linears]
+    blocks = [list(config.linear_shapes(index).values()) for index in range(config.layers)]
+    shapes = max(blocks, key=lambda block: sum(rows * columns for rows, columns in block))
     weights = 2 * 4 * sum(rows * columns for rows, columns in shapes)  # ours and the original's, float32
     widest = max(columns for _, columns in shapes)
     cores = len(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from llmopt.models.families import Site, V
+from llmopt.models.families import Site
 from llmopt.quantizers import settings
 from llmopt.quantizers.awq import round_clipped, search_scale
 from llmopt.quantizers.base import Rounded, Statistics
@@ -143,7 +143,7 @@ class _Smooth:
         self._alpha = alpha
 
     def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor | None:
-        if site.scaled_by == V or site.scaled_by.startswith("mlp."):
+        if site.scaled_by is None or not site.scaled_by.is_norm:
             return None
         assert statistics.abs_max_I is not None
         return smooth_scale(weight_OI, statistics.abs_max_I, self._alpha)

@@ -49,7 +49,12 @@ def calibration_windows(
 
 def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
     scheme, layout = settings.method.scheme, get_format(settings.common.format).layout
-    linears = {name: config.linear_shape(name) for site in config.family.sites for name in site.linears}
+    if config.mixture is not None and scheme.activations == "static":
+        raise SettingsError(
+            "the experts of a mixture cannot have static activation scales: some may see no calibration token",
+            hint="use `activations: dynamic`",
+        )
+    linears = {name: shape for index in range(config.layers) for name, shape in config.linear_shapes(index).items()}
     if settings.common.lm_head:
         if config.tie_embeddings:
             raise SettingsError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from llmopt.models.decoder import DecoderBlock, State
+from llmopt.models.decoder import DecoderBlock, PositionTables, State
 from llmopt.models.families import Site
 from llmopt.models.writer import write_safetensors
 
@@ -28,27 +28,26 @@ class Batch:
     def start(cls, ours: torch.Tensor, original: torch.Tensor | None, *, half: bool) -> Batch:
         return cls(State(ours, ours), None if original is None else State(original, original), half)
 
-    def enter(
-        self, block: DecoderBlock, original: DecoderBlock, site: Site, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> Batch:
-        theirs = None if self.original is None else self._narrow(original.enter(site, self.original, rotary))
-        return Batch(self._narrow(block.enter(site, self.ours, rotary)), theirs, self.half)
+    def enter(self, block: DecoderBlock, original: DecoderBlock, site: Site, tables: PositionTables) -> Batch:
+        theirs = None if self.original is None else self._narrow(original.enter(site, self.original, tables))
+        return Batch(self._narrow(block.enter(site, self.ours, tables)), theirs, self.half)
 
     def leave(self, block: DecoderBlock, original: DecoderBlock) -> Batch:
         theirs = None if self.original is None else original.leave(self.original)
         return Batch.start(block.leave(self.ours), theirs, half=self.half)
 
     def _narrow(self, state: State) -> State:
-        return State(state.residual_BTH, state.site_input.bfloat16()) if self.half else state
+        return replace(state, site_input=state.site_input.bfloat16()) if self.half else state
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything in it by name; a tensor that has two names is there once."""
+        """Everything in it by name."""
         found: dict[str, torch.Tensor] = {}
         for role, state in (("ours", self.ours), ("original", self.original)):
             if state is not None:
                 found[f"{role}.residual"] = state.residual_BTH
                 if state.site_input is not state.residual_BTH:
                     found[f"{role}.input"] = state.site_input
+                found |= {f"{role}.kept.{name}": tensor for name, tensor in state.kept.items()}
         return found
 
     @classmethod
@@ -56,8 +55,11 @@ class Batch:
         """The inverse of `tensors`."""
 
         def state(role: str) -> State | None:
-            residual = tensors.get(f"{role}.residual")
-            return None if residual is None else State(residual, tensors.get(f"{role}.input", residual))
+            residual, prefix = tensors.get(f"{role}.residual"), f"{role}.kept."
+            if residual is None:
+                return None
+            kept = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            return State(residual, tensors.get(f"{role}.input", residual), kept)
 
         ours = state("ours")
         assert ours is not None

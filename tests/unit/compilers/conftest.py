@@ -137,8 +137,7 @@ def _rounded_checkpoint(plain: Path, out: Path, scheme: Scheme, encoding: str, h
 
 def linears(config: DecoderConfig) -> list[str]:
     """The prefixes of every linear of every block."""
-    sites = config.family.sites
-    return [f"{config.block(i)}.{linear}" for i in range(config.layers) for site in sites for linear in site.linears]
+    return [f"{config.block(i)}.{linear}" for i in range(config.layers) for linear in config.linear_shapes(i)]
 
 
 def rounded(weight_OI: np.ndarray, scheme: Scheme) -> QuantizedWeight:

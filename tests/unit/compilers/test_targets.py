@@ -76,3 +76,20 @@ def test_backends_are_imported_without_telemetry(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={"HOME": str(tmp_path)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_family_that_a_target_cannot_compile_is_refused_before_a_backend_is_loaded(make_checkpoint: Any) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from llmopt import compilers\n"
+        "from llmopt.errors import LlmoptError\n"
+        "try:\n"
+        "    compilers.check(pathlib.Path(sys.argv[1]), compilers.resolve({}))\n"
+        "except LlmoptError as error:\n"
+        "    assert '`phi3`' in error.message and '`qwen3`' in error.hint, error\n"
+        "else:\n"
+        "    raise SystemExit('not refused')\n"
+        "heavy = {'torch', 'transformers', 'openvino', 'openvino_tokenizers', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script, make_checkpoint("phi3")], check=True)

@@ -54,12 +54,11 @@ def dequantized_twin(folder: Path, base: Path, out: Path) -> Path:
             checkpoint.tensor("lm_head.weight").float() if head is None else torch.from_numpy(head.dequantize())
         )
     for index in range(config.layers):
-        for site in config.family.sites:
-            for name in site.linears:
-                prefix = f"{config.block(index)}.{name}"
-                weight = reader.linear(prefix, config.linear_shape(name))
-                assert weight is not None
-                tensors[f"{prefix}.weight"] = torch.from_numpy(weight.dequantize())
+        for name, shape in config.linear_shapes(index).items():
+            prefix = f"{config.block(index)}.{name}"
+            weight = reader.linear(prefix, shape)
+            assert weight is not None
+            tensors[f"{prefix}.weight"] = torch.from_numpy(weight.dequantize())
     out.mkdir()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(base / "config.json", out / "config.json")
@@ -174,7 +173,7 @@ def test_another_seed_gives_other_bytes(tiny: Path, text: Path, tmp_path: Path) 
 @pytest.mark.parametrize("method", ["awq", "smoothquant"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_folding_scales_changes_no_logits(
-    make_checkpoint: Callable[..., Path], text: Path, model_type: str, method: str
+    make_checkpoint: Callable[..., Path], text: Path, tmp_path: Path, model_type: str, method: str
 ) -> None:
     """Scale every site of a block as the method does, but round nothing: the block must compute what it did."""
     model = make_checkpoint(model_type, dtype="float32")
@@ -183,17 +182,17 @@ def test_folding_scales_changes_no_logits(
     settings = quantizers.resolve({"method": method, **SMALL})
     tokens = preflight.calibration_windows(model, settings, config, text)
     with torch.no_grad(), Workers() as workers:
-        driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent)
+        driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent, quantizers.Execution())
         block = driver_module.load_block(checkpoint, config, None, 0)
-        batch, rotary = driver._embed()[0], driver_module.rotary_tables(config, 64)
-        x, driver._rotary = batch.ours.residual_BTH, rotary
-        before, weights = block.forward(x, rotary), {n: t.clone() for n, t in block.tensors.items()}
-        seen = driver._observe(block, [batch], driver._scaler.wanted)  # type: ignore[union-attr]
-        for site in config.family.sites:
+        shelf, tables = driver._embed(tmp_path), driver_module.position_tables(config, 64)
+        x = shelf.get(0).ours.residual_BTH
+        before, weights = block.forward(x, tables), {n: t.clone() for n, t in block.tensors.items()}
+        seen = driver._observe(block, shelf, driver._scaler.wanted)  # type: ignore[union-attr]
+        for site in config.sites(0):
             driver._scale_site(block, site, seen[site.name], driver._scaler)  # type: ignore[arg-type]
         changed = [name for name, tensor in block.tensors.items() if not torch.equal(tensor, weights[name])]
         assert "input_layernorm.weight" in changed
-        assert apart(block.forward(x, rotary), before) < 1e-5
+        assert apart(block.forward(x, tables), before) < 1e-5
 
 
 def test_gptq_is_nearer_to_the_base_than_rounding(tiny: Path, text: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from llmopt import quantizers
 from llmopt.artifacts.outcome import silent
-from llmopt.quantizers import Execution
+from llmopt.quantizers.execution import DEFAULT, Execution
 from llmopt.quantizers.journal import Journal
 
 KILLED = Path(__file__).with_name("killed.py")
@@ -38,7 +38,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(f.name.encode() + f.read_bytes() for f in files)).hexdigest()
 
 
-def run(model: Path, text: Path, out: Path, settings: dict[str, Any], execution: Execution = Execution()) -> str:
+def run(model: Path, text: Path, out: Path, settings: dict[str, Any], execution: Execution = DEFAULT) -> str:
     out.mkdir(parents=True, exist_ok=True)
     quantizers.quantize(model, quantizers.resolve({**SMALL, **settings}), text, out, silent, execution)
     return digest(out)
