@@ -112,7 +112,8 @@ class DecoderConfig:
             expected |= {f"{self.block(index)}.{name}": shape for name, shape in self.block_shapes().items()}
         for name, shape in expected.items():
             info = checkpoint.tensors.get(name)
-            if info is None and quantized and name.endswith(("_proj.weight", f"{self.family.head}.weight")):
+            linear = name.endswith(("_proj.weight", f"{self.family.head}.weight"))
+            if quantized and linear and (info is None or info.dtype not in FLOATS):
                 continue
             if info is None:
                 raise LlmoptError(

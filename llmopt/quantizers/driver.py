@@ -15,15 +15,16 @@ import torch
 
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.formats.base import Stored
-from llmopt.formats.dequantized import int8_input, load_block, load_float
-from llmopt.formats.reading import get_format
+from llmopt.formats.dequantized import int8_input, load_block, load_float, to_torch
+from llmopt.formats.reading import get_format, linears
+from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
-from llmopt.models.writer import CheckpointWriter
+from llmopt.models.writer import CheckpointWriter, write_json
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.methods import Context, Scaler, method_of
 from llmopt.quantizers.scaling import fold_scale, tie_heads
@@ -235,10 +236,15 @@ class Driver:
         return tensors | {n: to_torch(v) for n, v in self._encode(family.head, rounded, scale).items()}
 
     def _outcome(self, writer: CheckpointWriter, out: Path) -> Outcome:
-        head = self._settings.common.lm_head
+        head = self._config.family.head
+        schemes: dict[str, Scheme | None] = dict.fromkeys(linears(self._config), self._scheme)
+        if not self._settings.common.lm_head:
+            schemes[head] = None
         config = {k: v for k, v in self._checkpoint.config.items() if k != "quantization_config"}
-        config["quantization_config"] = self._format.config(self._scheme, head=head)
+        config["quantization_config"] = self._format.config(schemes)
         total = writer.finish(config)
+        for name, values in self._format.extra_files(schemes).items():
+            write_json(out / name, values)
         copy_companions(self._checkpoint.path, out)
         errors = list(self._errors.values())
         worst = max(self._errors, key=lambda name: self._errors[name])
@@ -269,9 +275,3 @@ class Driver:
 
     def _linears(self) -> frozenset[str]:
         return frozenset(name for site in self._config.family.sites for name in site.linears)
-
-
-def to_torch(stored: Stored) -> torch.Tensor:
-    """A tensor for safetensors from the bits of an encoding."""
-    tensor = torch.from_numpy(stored.array)
-    return tensor.view(torch.bfloat16) if stored.dtype == "BF16" else tensor
