@@ -308,7 +308,7 @@ def store_float(values: np.ndarray, dtype: str) -> Stored:
     """Float32 values in `dtype`; scales are chosen so that BF16 and F16 both hold them exactly (`exact_scale`)."""
     if dtype == "BF16":
         return Stored(dtype, float32_to_bfloat16(values))
-    return Stored(dtype, np.ascontiguousarray(values, {"F16": np.float16, "F32": np.float32}[dtype]))
+    return Stored(dtype, np.asarray(values, {"F16": np.float16, "F32": np.float32}[dtype], order="C"))
 
 
 def as_float(stored: Stored) -> np.ndarray:

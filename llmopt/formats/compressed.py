@@ -74,17 +74,17 @@ class CompressedTensors:
 
     def config(self, schemes: Schemes, *, kv_cache: KVCache = "none") -> dict[str, Any]:
         """The scheme of most linears takes the class `Linear`, the others name theirs: a name goes before a class."""
-        counts = Counter(scheme for scheme in schemes.values() if scheme is not None)
-        groups = {}
-        for index, (scheme, _) in enumerate(counts.most_common()):
-            own = [prefix for prefix, other in schemes.items() if other == scheme]
-            groups[f"group_{index}"] = _group(scheme, ["Linear"] if index == 0 else _targets(own))
-        formats = sorted({_format(scheme) for scheme in counts})
+        (usual, _), *others = Counter(scheme for scheme in schemes.values() if scheme is not None).most_common()
+        found = [
+            _group(scheme, _targets(prefix for prefix, other in schemes.items() if other == scheme))
+            for scheme, _ in others
+        ] + [_group(usual, ["Linear"])]
+        formats = sorted({group["format"] for group in found})
         return {
             "quant_method": self.name,
             "quantization_status": "compressed",
             "format": formats[0] if len(formats) == 1 else "mixed-precision",
-            "config_groups": groups,
+            "config_groups": {f"group_{index}": group for index, group in enumerate(found)},
             "ignore": _targets(prefix for prefix, scheme in schemes.items() if scheme is None),
             "kv_cache_scheme": None if kv_cache == "none" else _args("float" if kv_cache == "fp8" else "int", "tensor"),
         }

@@ -81,15 +81,15 @@ def _plan(model: Path, format: str) -> _Plan:
         raise LlmoptError(f"`{model}` is not quantized", hint="choose a method that quantizes, such as `--method gptq`")
     shapes, dtype = linears(source.config), target.scale_dtype or source.config.dtype
     schemes: dict[str, Scheme | None] = {source.config.family.head: None}
+    centred: dict[Scheme, bool] = {}
     changed = scales = 0
     for prefix, shape in shapes.items():
-        schemes[prefix] = scheme = reader.scheme(prefix)
+        scheme = schemes[prefix] = reader.scheme(prefix)
         if scheme is None:
             continue
         grid = reader.grid(prefix, shape)
         _check_inputs(prefix, grid)
-        # What an encoding says is asymmetric may be so in name only: AWQ and GPTQ always have zero points.
-        schemes[prefix] = scheme = replace(scheme, symmetric=grid.zero_OG is None)
+        centred[scheme] = centred.get(scheme, True) and grid.zero_OG is None
         input_scale = reader.input_scale(prefix)
         values = np.append(grid.scale_OG, [] if input_scale is None else [input_scale]).astype(np.float32)
         with np.errstate(over="ignore"):
@@ -97,8 +97,12 @@ def _plan(model: Path, format: str) -> _Plan:
         scales += values.size
     if not scales:
         raise LlmoptError(f"no linear of `{model}` is quantized", hint="there is nothing to convert")
-    plan = _Plan(source, reader, target, schemes, shapes)
-    check_schemes(format, schemes, reader.encoding.kv_cache)
+    # What an encoding says is asymmetric may be so in name only: AWQ and GPTQ always have zero points.
+    renamed = {prefix: scheme and replace(scheme, symmetric=centred[scheme]) for prefix, scheme in schemes.items()}
+    plan = _Plan(source, reader, target, renamed, shapes)
+    if reader.encoding.kv_cache == "none" and reader.kv_scales():
+        raise LlmoptError("the checkpoint has scales of a KV cache that its `quantization_config` says nothing of")
+    check_schemes(format, renamed, reader.encoding.kv_cache)
     for prefix, scheme in plan.quantized.items():
         target.layout(shapes[prefix], scheme)
     if changed:

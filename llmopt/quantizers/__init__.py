@@ -8,29 +8,41 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.quantizers.settings import METHODS, QuantizeSettings, resolve
+from llmopt.quantizers.settings import METHODS, ConvertSettings, QuantizeSettings, resolve
 
-__all__ = ["METHODS", "OP_VERSION", "QuantizeSettings", "check", "deps", "quantize", "resolve"]
+__all__ = ["METHODS", "OP_VERSION", "ConvertSettings", "QuantizeSettings", "check", "deps", "quantize", "resolve"]
 
 OP_VERSION = 1
 
 
-def deps(settings: QuantizeSettings) -> tuple[str, ...]:
+def deps(settings: QuantizeSettings | ConvertSettings) -> tuple[str, ...]:
     """The distributions whose versions may change the bytes."""
     return ("numpy", "safetensors", "tokenizers", "torch")
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None) -> None:
+def check(model: Path, settings: QuantizeSettings | ConvertSettings, calibration: Path | None) -> None:
     """Everything that can be found wrong before the work, without torch; raises LlmoptError."""
+    if isinstance(settings, ConvertSettings):
+        from llmopt.formats.convert import check_convert
+
+        return check_convert(model, settings.common.format)
     from llmopt.quantizers import preflight
 
-    preflight.check(model, settings, calibration)
+    return preflight.check(model, settings, calibration)
 
 
 def quantize(
-    model: Path, settings: QuantizeSettings, calibration: Path | None, out: Path, progress: Progress
+    model: Path,
+    settings: QuantizeSettings | ConvertSettings,
+    calibration: Path | None,
+    out: Path,
+    progress: Progress,
 ) -> Outcome:
     """Write the quantized checkpoint to `out`, an empty folder. Peak memory is one block and the calibration set."""
+    if isinstance(settings, ConvertSettings):
+        from llmopt.formats.convert import convert
+
+        return convert(model, settings.common.format, out, progress)
     from llmopt.models.checkpoint import Checkpoint
     from llmopt.models.config import DecoderConfig
     from llmopt.models.parallel import Workers
