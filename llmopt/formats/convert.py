@@ -80,7 +80,7 @@ def _plan(model: Path, format: str) -> _Plan:
     if reader is None:
         raise LlmoptError(f"`{model}` is not quantized", hint="choose a method that quantizes, such as `--method gptq`")
     shapes, dtype = linears(source.config), target.scale_dtype or source.config.dtype
-    schemes: dict[str, Scheme | None] = {source.config.family.head: None}
+    schemes: dict[str, Scheme | None] = {}
     centred: dict[Scheme, bool] = {}
     changed = scales = 0
     for prefix, shape in shapes.items():
@@ -95,6 +95,7 @@ def _plan(model: Path, format: str) -> _Plan:
         with np.errstate(over="ignore"):
             changed += int((as_float(store_float(values, dtype)) != values).sum())
         scales += values.size
+    schemes.setdefault(source.config.family.head, None)
     if not scales:
         raise LlmoptError(f"no linear of `{model}` is quantized", hint="there is nothing to convert")
     # What an encoding says is asymmetric may be so in name only: AWQ and GPTQ always have zero points.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from llmopt.formats.base import QuantizedReader, QuantizedWeight, Stored
@@ -105,6 +106,6 @@ def _to_fp8(x: torch.Tensor) -> torch.Tensor:
 
 def to_torch(stored: Stored) -> torch.Tensor:
     """A tensor for safetensors from the bits of an encoding."""
-    tensor = torch.from_numpy(stored.array)
+    tensor = torch.from_numpy(np.require(stored.array, requirements="W"))  # a memory map is read-only
     bits = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}.get(stored.dtype)
     return tensor if bits is None else tensor.view(bits)
