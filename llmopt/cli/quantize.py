@@ -11,7 +11,7 @@ def quantize(
     model: Annotated[str, opt.argument(metavar="MODEL")],
     profile: opt.Profile = None,
     method: Annotated[
-        str | None, opt.option("--method", metavar="M", help="gptq (the default), awq, smoothquant or rtn.")
+        str | None, opt.option("--method", metavar="M", help="gptq (the default), awq, smoothquant, rtn or convert.")
     ] = None,
     bits: Annotated[int | None, opt.option("--bits", metavar="N", help="2 to 8.")] = None,
     group_size: Annotated[
@@ -43,7 +43,7 @@ def quantize(
         opt.option("--activations", metavar="A", help="rtn, smoothquant: int8 inputs, dynamic or static."),
     ] = None,
     format: Annotated[
-        str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq or awq.")
+        str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq, awq, modelopt.")
     ] = None,
     calib: Annotated[
         str | None, opt.option("--calib", metavar="FILE", help="Calibration text; by default that of the package.")

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from llmopt.backends import load
-from llmopt.formats.base import QuantizedReader, QuantizedWeight
-from llmopt.models.checkpoint import Checkpoint, bfloat16_to_float32
+from llmopt.formats.base import E4M3, QuantizedReader, QuantizedWeight
+from llmopt.models.checkpoint import Checkpoint, bfloat16_to_float32, float32_to_bfloat16
 
 ov, op = load("openvino"), load("openvino.opset13")
 
@@ -26,6 +26,7 @@ Node: TypeAlias = Any  # openvino.Node; OpenVINO ships no types
 DECOMPRESSED = "/decompressed"
 _ELEMENT = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ROWS_AT_ONCE = 4096
+_INT8_LEVELS = 256
 
 
 class Scratch:
@@ -80,21 +81,43 @@ class Constants:
         constant = self._constant(self._scratch.share(self._checkpoint.array(name)), _ELEMENT[info.dtype], name)
         return constant if info.dtype == "F32" else _named(op.convert(constant, np.float32), name + DECOMPRESSED)
 
-    def linear(self, prefix: str, shape: tuple[int, int]) -> Node:
-        """A linear's weight [O, I] as float32: packed integers and scales where it is quantized."""
-        weight = self.quantized(prefix, shape)
-        return self.matrix(f"{prefix}.weight") if weight is None else self.packed(prefix, weight)
+    def linear(self, prefix: str, shape: tuple[int, int], x: Node) -> Node:
+        """`x` through a linear of (O, I) without its bias: as integers and scales where it is quantized."""
+        weight = self._reader.linear(prefix, shape) if self._reader else None
+        if weight is None:
+            return op.matmul(x, self.matrix(f"{prefix}.weight"), False, True)
+        if weight.smooth_I is not None:
+            x = op.multiply(x, self._constant(self._scratch.keep(weight.smooth_I), "f32", f"{prefix}.smooth"))
+        scale = None if self._reader is None else self._reader.input_scale(prefix)
+        if scale is not None and weight.kind == "int":
+            low, high = np.array(-128 * scale, np.float32), np.array(127 * scale, np.float32)
+            x = op.fake_quantize(x, low, high, low, high, _INT8_LEVELS)
+        if weight.order_I is not None:
+            x = op.gather(x, weight.order_I, np.array(-1, np.int64))
+        if weight.kind == "float" and weight.scale_OG.shape[1] == 1:
+            return self._fp8(prefix, weight, x)
+        return op.matmul(x, self.packed(prefix, weight), False, True)
 
-    def quantized(self, prefix: str, shape: tuple[int, int]) -> QuantizedWeight | None:
-        """The integers of a linear, None where the checkpoint has it as floats."""
-        return self._reader.linear(prefix, shape) if self._reader else None
+    def _fp8(self, prefix: str, weight: QuantizedWeight, x: Node) -> Node:
+        """`x` times the codes as BF16, which holds E4M3 exactly, and then the scale of each row.
+
+        The CPU has no arithmetic in FP8, so that inputs stay as they are, whatever the checkpoint says of them.
+        """
+        codes = float32_to_bfloat16(E4M3[weight.codes_OI])
+        constant = self._constant(self._scratch.keep(codes), "bf16", f"{prefix}.weight")
+        y = op.matmul(x, _named(op.convert(constant, np.float32), f"{prefix}.weight{DECOMPRESSED}"), False, True)
+        return op.multiply(y, self._constant(self._scratch.keep(weight.scale_OG[:, 0]), "f32", f"{prefix}.scale"))
+
+    def is_plain(self, prefix: str) -> bool:
+        """Whether the checkpoint has a linear as floats."""
+        return self._reader is None or self._reader.scheme(prefix) is None
 
     def packed(self, prefix: str, weight: QuantizedWeight) -> Node:
         """The graph (codes - zero) * scale over constants that hold exactly the integers of `weight`.
 
         Symmetric: i4 or i8 with the middle already taken off. Asymmetric: u4 or u8 with zero points. Codes of fewer
         bits go in the next wider type. The graph computes in the dtype of the scales; the CPU plugin never rounds to
-        it (it multiplies in float32).
+        it (it multiplies in float32). FP8 in blocks: the codes as they are, which the plugin widens when it loads them.
         """
         rows, groups = weight.scale_OG.shape
         grouped = groups > 1
@@ -104,9 +127,9 @@ class Constants:
             half = grouped and bool((scale.astype(np.float16) == scale).all())
         compute = np.float16 if half else np.float32
         symmetric = weight.zero_OG is None
-        middle = np.uint8(1 << (weight.bits - 1)) if symmetric else np.uint8(0)
+        middle = np.uint8(1 << (weight.bits - 1)) if symmetric and weight.kind == "int" else np.uint8(0)
         width = "4" if weight.bits <= 4 else "8"
-        element = ("i" if symmetric else "u") + width
+        element = "f8e4m3" if weight.kind == "float" else ("i" if symmetric else "u") + width
         node = op.convert(self._integers(codes - middle, element, f"{prefix}.weight"), compute)
         if weight.zero_OG is not None:
             zero = weight.zero_OG[:, :, None] if grouped else weight.zero_OG
@@ -133,12 +156,9 @@ class Constants:
             scale_OG[rows] = scale
         return self.packed(prefix, QuantizedWeight(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=None, bits=8))
 
-    def input_scale(self, prefix: str) -> float | None:
-        return self._reader.input_scale(prefix) if self._reader else None
-
     def _integers(self, codes: np.ndarray, element: str, name: str) -> Node:
         """uint8 codes (two's complement where signed) as a constant; 4-bit ones two to a byte, the first one low."""
-        if element.endswith("8"):
+        if not element.endswith("4"):
             return self._constant(self._scratch.keep(codes), element, name)
         flat = codes.reshape(-1)
         packed = flat[0::2] & np.uint8(15)

@@ -24,7 +24,6 @@ from llmopt.models.rope import inv_freq
 ov, op, util = load("openvino"), load("openvino.opset13"), load("openvino.op.util")
 
 _MASKED = -65504.0  # far below any score, and still a number in float16
-_INT8_LEVELS = 256
 
 
 def build_decoder(config: DecoderConfig, checkpoint: Checkpoint, constants: Constants, *, round_head: bool) -> Node:
@@ -66,7 +65,7 @@ class _Decoder:
         rotary = self._rotary_tables()
         for index in range(config.layers):
             x_BTH = self._block(index, x_BTH, rotary)
-        logits = op.matmul(self._norm(f"{family.final_norm}.weight", x_BTH), self._head(table), False, True)
+        logits = self._head(self._norm(f"{family.final_norm}.weight", x_BTH), table)
         logits.output(0).get_tensor().set_names({"logits"})
         result = op.result(logits)
         result.set_friendly_name("logits")
@@ -105,25 +104,21 @@ class _Decoder:
 
     def _linear(self, block: str, linear: str, x: Node) -> Node:
         prefix = f"{block}.{linear}"
-        scale = self._constants.input_scale(prefix)
-        if scale is not None:
-            low, high = _floats(-128 * scale), _floats(127 * scale)
-            x = op.fake_quantize(x, low, high, low, high, _INT8_LEVELS)
-        y = op.matmul(x, self._constants.linear(prefix, self._shapes[linear]), False, True)
+        y = self._constants.linear(prefix, self._shapes[linear], x)
         y.set_friendly_name(prefix)
         return op.add(y, self._constants.vector(f"{prefix}.bias")) if linear in self._config.biases else y
 
-    def _head(self, table: Node) -> Node:
-        """lm_head's weight: as the checkpoint has it (tied: the embedding's own node), or rounded to int8 rows."""
+    def _head(self, x_BTH: Node, table: Node) -> Node:
+        """The logits: lm_head as the checkpoint has it (tied: the embedding's own node), or rounded to int8 rows."""
         config, head = self._config, self._config.family.head
         own = any(name.startswith(f"{head}.") for name in self._checkpoint.tensors)
-        weight = self._constants.quantized(head, (config.vocab_size, config.hidden_size)) if own else None
-        if weight is not None:
-            return self._constants.packed(head, weight)
-        plain = f"{head if own else config.family.embedding}.weight"
+        shape = (config.vocab_size, config.hidden_size)
+        plain = not own or self._constants.is_plain(head)
+        if own and not (plain and self._round_head):
+            return self._constants.linear(head, shape, x_BTH)
         if self._round_head:
-            return self._constants.rounded(plain, head)
-        return self._constants.matrix(plain) if own else table
+            table = self._constants.rounded(f"{head if own else config.family.embedding}.weight", head)
+        return op.matmul(x_BTH, table, False, True)
 
     def _norm(self, name: str, x: Node) -> Node:
         """Root mean square norm over the last dimension."""

@@ -56,6 +56,7 @@ class Checkpoint:
         if not path.is_dir():
             raise LlmoptError(f"no model folder at `{path}`", hint="give the folder that holds config.json")
         config = _read_json(path / "config.json", hint="a checkpoint is a folder with config.json and *.safetensors")
+        _add_quantization(path, config)
         tensors: dict[str, TensorInfo] = {}
         for file, expected in _shards(path).items():
             found = read_header(file)
@@ -181,6 +182,17 @@ def _shards(path: Path) -> dict[Path, list[str]]:
             raise LlmoptError(f"`{index}` names the file `{file}` outside its folder")
         shards.setdefault(path / file, []).append(name)
     return shards
+
+
+def _add_quantization(path: Path, config: dict[str, Any]) -> None:
+    """Into `quantization_config`: what ModelOpt (and AutoGPTQ, once) say in a file beside config.json."""
+    own = config.get("quantization_config")
+    beside, gptq = path / "hf_quant_config.json", path / "quantize_config.json"
+    if beside.is_file() and (own is None or own.get("quant_method") == "modelopt"):
+        said = _read_json(beside, hint="download it again")
+        config["quantization_config"] = {"quant_method": "modelopt", **(own or {}), **said}
+    elif own is None and gptq.is_file():
+        config["quantization_config"] = {"quant_method": "gptq", **_read_json(gptq, hint="download it again")}
 
 
 def _read_json(file: Path, *, hint: str) -> dict[str, Any]:

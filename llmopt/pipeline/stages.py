@@ -44,7 +44,7 @@ def quantize(model: Input, settings: Mapping[str, Any], *, memory_bytes: int | N
     calibration = inputs.text(text or CALIBRATION_TEXT) if resolved.needs_calibration else None
     inputs.require(model, "quantize", "model", "quantized-model")
     path = None if calibration is None else calibration.path
-    bfloat16 = resolved.common.precision == "auto" and machine.has_bfloat16()
+    bfloat16 = resolved.needs_calibration and resolved.common.precision == "auto" and machine.has_bfloat16()
     execution = quantizers.Execution(bfloat16=bfloat16, memory_bytes=memory_bytes)
     return Stage(
         kind="quantized-model",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.quantizers.execution import DEFAULT, Execution
-from llmopt.quantizers.settings import METHODS, QuantizeSettings, resolve
+from llmopt.quantizers.settings import METHODS, ConvertSettings, QuantizeSettings, resolve
 
 if TYPE_CHECKING:
     from llmopt.models.parallel import Workers
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "OP_VERSION",
+    "ConvertSettings",
     "Execution",
     "QuantizeSettings",
     "check",
@@ -31,21 +32,30 @@ __all__ = [
 OP_VERSION = 2
 
 
-def deps(settings: QuantizeSettings) -> tuple[str, ...]:
+def deps(settings: QuantizeSettings | ConvertSettings) -> tuple[str, ...]:
     """The distributions whose versions may change the bytes."""
     return ("numpy", "safetensors", "tokenizers", "torch")
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None, execution: Execution = DEFAULT) -> None:
+def check(
+    model: Path,
+    settings: QuantizeSettings | ConvertSettings,
+    calibration: Path | None,
+    execution: Execution = DEFAULT,
+) -> None:
     """Everything that can be found wrong before the work, without torch; raises LlmoptError."""
+    if isinstance(settings, ConvertSettings):
+        from llmopt.formats.convert import check_convert
+
+        return check_convert(model, settings.common.format)
     from llmopt.quantizers import preflight
 
-    preflight.check(model, settings, calibration, execution)
+    return preflight.check(model, settings, calibration, execution)
 
 
 def quantize(
     model: Path,
-    settings: QuantizeSettings,
+    settings: QuantizeSettings | ConvertSettings,
     calibration: Path | None,
     out: Path,
     progress: Progress,
@@ -55,6 +65,10 @@ def quantize(
 
     `out` is empty, or holds what the very same call left when it was ended early: then it goes on from there.
     """
+    if isinstance(settings, ConvertSettings):
+        from llmopt.formats.convert import convert
+
+        return convert(model, settings.common.format, out, progress)
     from llmopt.models.parallel import Workers
 
     with Workers(bfloat16=execution.bfloat16) as workers:

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.formats.base import QuantizedReader, Stored
-from llmopt.formats.dequantized import int8_input, load_block, load_float
-from llmopt.formats.reading import get_format
+from llmopt.formats.dequantized import fp8_input, int8_input, load_block, load_float, to_torch
+from llmopt.formats.reading import all_modules, get_format, linears, open_quantized
+from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import Checkpoint, TensorInfo, read_header
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
-from llmopt.models.decoder import DecoderBlock, embed, final_norm, position_tables
+from llmopt.models.decoder import DecoderBlock, InputTransform, embed, final_norm, position_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
-from llmopt.models.writer import CheckpointWriter, Writable
+from llmopt.models.writer import CheckpointWriter, Writable, write_json
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
@@ -66,7 +66,7 @@ class Driver:
         self._checkpoint, self._config, self._settings, self._progress = checkpoint, config, settings, progress
         self._windows, self._map, self._execution = windows, workers.map, execution
         self._half = execution.bfloat16
-        self._scheme = settings.method.scheme
+        self._schemes = self._resolve_schemes()
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
         if windows is not None:
@@ -108,6 +108,14 @@ class Driver:
         part = self._quantize_block(index, shelf)
         return [name for name, value in part.tensors.items() if not _same(value, written, name)]
 
+    def _resolve_schemes(self) -> dict[str, Scheme | None]:
+        """How each linear will be quantized, by its full prefix; None where it stays as it is."""
+        found: dict[str, Scheme | None] = {}
+        for prefix in linears(self._config):
+            quantized = self._settings.common.lm_head or prefix != self._config.family.head
+            found[prefix] = self._settings.scheme_of(prefix) if quantized else None
+        return all_modules(self._config, found)
+
     # -- activations
 
     def _embed(self, folder: Path) -> Shelf:
@@ -144,13 +152,16 @@ class Driver:
         tensors: dict[str, TensorInfo] = {}
         for file in sorted(out.glob("model-*.safetensors")):
             tensors |= read_header(file)
-        config = {**self._checkpoint.config, "quantization_config": self._format.config(self._scheme, head=False)}
+        quantization = self._format.config(self._schemes)
+        for beside in self._format.extra_files(self._schemes).values():
+            quantization |= beside
+        config = {**self._checkpoint.config, "quantization_config": quantization}
         self._replay(shelf, Checkpoint(out, config, tensors), range(first, done))
         return shelf
 
     def _replay(self, shelf: Shelf, written: Checkpoint, blocks: range) -> None:
         """Carry the activations through blocks that are quantized already."""
-        reader = QuantizedReader(written, self._format, self._scheme)
+        reader = open_quantized(written)
         for index in blocks:
             block = load_block(written, self._config, reader, index)
             original = load_block(self._checkpoint, self._config, None, index) if self._rounder.compares else block
@@ -174,7 +185,7 @@ class Driver:
     def _quantize_block(self, index: int, shelf: Shelf) -> _Part:
         """The block's tensors for the disk; the shelf then holds its outputs."""
         config, prefix, part = self._config, self._config.block(index), _Part()
-        sites, linears = config.sites(index), config.linear_shapes(index)
+        sites = config.sites(index)
         block = load_block(self._checkpoint, config, None, index)
         if index + 1 < config.layers:
             self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes(index + 1))
@@ -185,7 +196,7 @@ class Driver:
             known = self._observe(block, shelf, self._scaler.wanted)
             for site in sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
-            for name in folded & block.tensors.keys() - {f"{linear}.weight" for linear in linears}:
+            for name in folded & block.tensors.keys() - self._quantized(index):
                 stored = _DTYPES[self._checkpoint.tensors[f"{prefix}.{name}"].dtype]
                 block.tensors[name] = block.tensors[name].to(stored).float()  # go on as what is written will
         original = (
@@ -194,17 +205,16 @@ class Driver:
         for site in sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
             self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None)
-            weights = {name: block.tensors[f"{name}.weight"] for name in site.linears}
-            rounded, input_scale = self._round(weights, statistics, f"{prefix}.{site.name}", f"{prefix}.", part)
-            for name, values in rounded.items():
-                block.tensors[f"{name}.weight"] = values
-                if self._scheme.activations != "none":
-                    block.input_transform[name] = int8_input(input_scale)
+            self._round_site(block, site, statistics, part)
         self._leave(block, original, shelf)
-        for name in config.block_shapes(index):
-            if name.removesuffix(".weight") not in linears:
-                part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
+        for name in config.block_shapes(index).keys() - self._quantized(index):
+            part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
         return part
+
+    def _quantized(self, index: int) -> set[str]:
+        """The weights of a block's linears that are quantized, by their names within the block."""
+        prefix = self._config.block(index)
+        return {f"{name}.weight" for name in self._config.linear_shapes(index) if self._schemes[f"{prefix}.{name}"]}
 
     def _plain(self, name: str, value: torch.Tensor, changed: bool) -> Writable:
         """A tensor that is not quantized: as it was, or in its own dtype."""
@@ -233,15 +243,20 @@ class Driver:
         fold = site.scaled_by
         if fold is None or not statistics.tokens:
             return set()
-        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site))
+        prefix = self._config.block(block.index)
+        schemes = {name: scheme for name in site.linears if (scheme := self._schemes[f"{prefix}.{name}"])}
+        if not schemes:
+            return set()
+        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in schemes])
+        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site), next(iter(schemes.values())))
         if scale_I is None:
             return set()
-        dtype = self._checkpoint.tensors[f"{self._config.block(block.index)}.{fold.name}.weight"].dtype
+        dtype = self._checkpoint.tensors[f"{prefix}.{fold.name}.weight"].dtype
         scale_I = fold_scale(block, site, scale_I, dtype)
         if statistics.hessian_II is not None:
             statistics.hessian_II /= torch.outer(scale_I, scale_I)
-        return {f"{fold.name}.weight", f"{fold.name}.bias"}
+        plain = {f"{name}.weight" for name in site.linears if name not in schemes}
+        return plain | {f"{fold.name}.weight", f"{fold.name}.bias"}
 
     def _enter(
         self,
@@ -274,30 +289,42 @@ class Driver:
 
     # -- rounding
 
+    def _round_site(self, block: DecoderBlock, site: Site, statistics: Statistics, part: _Part) -> None:
+        """Replace the site's weights in the block by their rounded selves; linears of one scheme go as one matrix."""
+        prefix = self._config.block(block.index)
+        schemes = [(name, scheme) for name in site.linears if (scheme := self._schemes[f"{prefix}.{name}"])]
+        for scheme in dict.fromkeys(scheme for _, scheme in schemes):
+            weights = {
+                f"{prefix}.{name}": block.tensors[f"{name}.weight"] for name, other in schemes if other == scheme
+            }
+            values, rounding = self._round(weights, statistics, scheme, f"{prefix}.{site.name}", part)
+            for name, value in values.items():
+                block.tensors[f"{name.removeprefix(prefix)[1:]}.weight"] = value
+                if rounding is not None:
+                    block.input_transform[name.removeprefix(prefix)[1:]] = rounding
+
     def _round(
-        self, weights: Mapping[str, torch.Tensor], statistics: Statistics, where: str, prefix: str, part: _Part
-    ) -> tuple[dict[str, torch.Tensor], float | None]:
+        self, weights: Mapping[str, torch.Tensor], statistics: Statistics, scheme: Scheme, where: str, part: _Part
+    ) -> tuple[dict[str, torch.Tensor], InputTransform | None]:
         """Round linears that read the same input, as one matrix; adds their encodings and errors to `part`.
 
-        Returns their values and the static scale of their input, if it has one.
+        Returns their values and the rounding of their input, if it has one.
         """
-        context = self._prepare(statistics)
+        context = self._prepare(statistics, scheme)
         part.events += [f"{where}: {event}" for event in context.events]
         aim_OI = context.aim(torch.cat(list(weights.values())))
         rounded = Rounded.stack(list(self._map(context.round, torch.split(aim_OI, ROWS))))
-        input_scale = None
-        if self._scheme.activations == "static" and statistics.abs_max_I is not None:
-            input_scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
+        input_scale = input_scale_of(statistics, scheme)
         rows = [len(weight) for weight in weights.values()]
         values: dict[str, torch.Tensor] = {}
         for name, wish_OI, own in zip(weights, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
             values[name] = own.dequantize()
-            part.errors[f"{prefix}{name}"] = _relative_error(values[name], wish_OI, statistics.hessian_II)
-            stored = self._format.encode(own.export(), self._scheme, self._config.dtype, input_scale)
-            part.tensors |= {f"{prefix}{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
-        return values, input_scale
+            part.errors[name] = _relative_error(values[name], wish_OI, statistics.hessian_II)
+            stored = self._format.encode(own.export(), scheme, self._config.dtype, input_scale)
+            part.tensors |= {f"{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
+        return values, None if scheme.activations == "none" else input_rounding(scheme, input_scale)
 
-    def _prepare(self, statistics: Statistics) -> Context:
+    def _prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
         """The site's rounding; an expert that saw few tokens, or none, is made up for and told of.
 
         Fewer tokens than in-features leave directions of the input that were never seen. What is missing of the rank is
@@ -305,13 +332,13 @@ class Driver:
         """
         if self._windows is not None and not statistics.tokens:
             event = "rounded to nearest: saw no calibration token"
-            return Context(lambda weight_OI: rtn(weight_OI, self._scheme), events=(event,))
+            return Context(lambda weight_OI: rtn(weight_OI, scheme), events=(event,))
         few = ""
         if (hessian_II := statistics.hessian_II) is not None and statistics.tokens < len(hessian_II):
             missing = 1 - statistics.tokens / len(hessian_II)
             hessian_II.diagonal().add_(missing * hessian_II.diagonal().mean())
             few = f"saw only {statistics.tokens} calibration tokens"
-        context = self._rounder.prepare(statistics)
+        context = self._rounder.prepare(statistics, scheme)
         return replace(context, events=(*context.events, few)) if few else context
 
     def _finish(self, shelf: Shelf) -> _Part:
@@ -321,7 +348,7 @@ class Driver:
         part.tensors |= {name: self._checkpoint.tensors[name] for name in config.final_shapes()}
         if config.tie_embeddings:
             return part
-        if not self._settings.common.lm_head:
+        if (scheme := self._schemes[family.head]) is None:
             part.tensors[head_name] = self._checkpoint.tensors[head_name]
             return part
         norm, weight_OI = final_norm(self._checkpoint, config), load_float(self._checkpoint, head_name)
@@ -334,16 +361,15 @@ class Driver:
             )
             assert ours is not None
             statistics.take(ours, wanted, original=theirs, each=self._map)
-        self._round({family.head: weight_OI}, statistics.finish(), family.head, "", part)
+        self._round({family.head: weight_OI}, statistics.finish(), scheme, family.head, part)
         return part
 
     # -- telling
 
     def _outcome(self, writer: CheckpointWriter, out: Path, journal: Journal, records: list[dict[str, Any]]) -> Outcome:
-        head = self._settings.common.lm_head
-        config = {k: v for k, v in self._checkpoint.config.items() if k != "quantization_config"}
-        config["quantization_config"] = self._format.config(self._scheme, head=head)
-        total = writer.finish(config)
+        total = writer.finish({**self._checkpoint.config, "quantization_config": self._format.config(self._schemes)})
+        for name, values in self._format.extra_files(self._schemes).items():
+            write_json(out / name, values)
         copy_companions(self._checkpoint.path, out)
         journal.tidy()
         errors: dict[str, float] = {}
@@ -376,12 +402,6 @@ def _relative_error(rounded_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: 
     return float((size(rounded_OI - aim_OI) / size(aim_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
 
 
-def to_torch(stored: Stored) -> torch.Tensor:
-    """A tensor for safetensors from the bits of an encoding."""
-    tensor = torch.from_numpy(stored.array)
-    return tensor.view(torch.bfloat16) if stored.dtype == "BF16" else tensor
-
-
 def _same(value: Writable, written: Checkpoint, name: str) -> bool:
     """Whether a tensor is the one that is stored under its name, bit by bit."""
     if name not in written.tensors:
@@ -390,3 +410,15 @@ def _same(value: Writable, written: Checkpoint, name: str) -> bool:
         return value.size == written.tensors[name].size and value.shape == written.tensors[name].shape
     theirs = written.tensor(name)
     return value.dtype == theirs.dtype and torch.equal(value.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def input_scale_of(statistics: Statistics, scheme: Scheme) -> float | None:
+    """The static scale of a site's input; None unless activations are static."""
+    if scheme.activations != "static" or statistics.abs_max_I is None:
+        return None
+    steps = 127.5 if scheme.kind == "int" else 448.0
+    return float(exact_scale(statistics.abs_max_I.max() / steps))
+
+
+def input_rounding(scheme: Scheme, input_scale: float | None) -> InputTransform:
+    return int8_input(input_scale) if scheme.kind == "int" else fp8_input(input_scale)

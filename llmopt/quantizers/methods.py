@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from llmopt.formats.scheme import Scheme
 from llmopt.models.families import Site
 from llmopt.quantizers import settings
 from llmopt.quantizers.awq import round_clipped, search_scale
@@ -38,7 +39,7 @@ class Scaler(Protocol):
 
     wanted: frozenset[str]
 
-    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor | None:
+    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics, scheme: Scheme) -> torch.Tensor | None:
         """scale_I to multiply the columns by, None to leave the site as it is."""
 
 
@@ -51,7 +52,7 @@ class Rounder(Protocol):
     wanted: frozenset[str]
     compares: bool
 
-    def prepare(self, statistics: Statistics) -> Context: ...
+    def prepare(self, statistics: Statistics, scheme: Scheme) -> Context: ...
 
 
 def method_of(method: settings.Method) -> tuple[Scaler | None, Rounder]:
@@ -69,11 +70,10 @@ class _Nearest:
     compares = False
 
     def __init__(self, method: settings.RTN | settings.SmoothQuant) -> None:
-        self._scheme = method.scheme
         self.wanted = frozenset({"abs_max"}) if method.activations == "static" else frozenset[str]()
 
-    def prepare(self, statistics: Statistics) -> Context:
-        return Context(lambda weight_OI: rtn(weight_OI, self._scheme))
+    def prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
+        return Context(lambda weight_OI: rtn(weight_OI, scheme))
 
 
 class _GPTQ:
@@ -83,8 +83,8 @@ class _GPTQ:
         self._method = method
         self.compares = method.compensate
 
-    def prepare(self, statistics: Statistics) -> Context:
-        method, scheme = self._method, self._method.scheme
+    def prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
+        method = self._method
         hessian_II, cross_II = statistics.hessian_II, statistics.cross_II
         assert hessian_II is not None
         curvature = factorize(hessian_II, damping=method.damping, act_order=method.act_order)
@@ -115,11 +115,11 @@ class _AWQScaler:
     def __init__(self, method: settings.AWQ) -> None:
         self._method = method
 
-    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor | None:
+    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics, scheme: Scheme) -> torch.Tensor | None:
         assert statistics.hessian_II is not None
         assert statistics.abs_sum_I is not None
         abs_mean_I = statistics.abs_sum_I / statistics.tokens
-        return search_scale(weight_OI, statistics.hessian_II, abs_mean_I, self._method.scheme, grid=self._method.grid)
+        return search_scale(weight_OI, statistics.hessian_II, abs_mean_I, scheme, grid=self._method.grid)
 
 
 class _AWQRounder:
@@ -129,8 +129,8 @@ class _AWQRounder:
     def __init__(self, method: settings.AWQ) -> None:
         self._method = method
 
-    def prepare(self, statistics: Statistics) -> Context:
-        scheme, hessian_II = self._method.scheme, statistics.hessian_II
+    def prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
+        hessian_II = statistics.hessian_II
         if not self._method.clip or hessian_II is None:
             return Context(lambda weight_OI: rtn(weight_OI, scheme))
         return Context(lambda weight_OI: round_clipped(weight_OI, hessian_II, scheme))
@@ -142,7 +142,7 @@ class _Smooth:
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
 
-    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics) -> torch.Tensor | None:
+    def scale(self, site: Site, weight_OI: torch.Tensor, statistics: Statistics, scheme: Scheme) -> torch.Tensor | None:
         if site.scaled_by is None or not site.scaled_by.is_norm:
             return None
         assert statistics.abs_max_I is not None

@@ -110,12 +110,35 @@ class Common:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise SettingsError(f"unknown method `{self.method}`", hint=nearest(self.method, METHODS))
+            raise SettingsError(f"unknown method `{self.method}`", hint=nearest(self.method, (*METHODS, "convert")))
         if self.format not in FORMATS:
             raise SettingsError(f"unknown format `{self.format}`", hint=nearest(self.format, FORMATS))
         _check_between("samples", self.samples, 1, 1 << 20)
         _check_between("seq_len", self.seq_len, 2, 1 << 20)
         _check_between("seed", self.seed, 0, (1 << 63) - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Convert:
+    """`--method convert`: a quantized checkpoint in another format, with the same codes and scales."""
+
+    method: Literal["convert"] = "convert"
+    format: str = "compressed-tensors"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise SettingsError(f"unknown format `{self.format}`", hint=nearest(self.format, FORMATS))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertSettings:
+    """The resolved settings of a `quantize` action that converts."""
+
+    common: Convert
+    needs_calibration: Literal[False] = False
+
+    def to_json(self) -> dict[str, Json]:
+        return to_json(self.common)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,14 +152,20 @@ class QuantizeSettings:
         """Flat, every default spelled out."""
         return to_json(self.common) | to_json(self.method)
 
+    def scheme_of(self, prefix: str) -> Scheme | None:
+        """How the linear of this name ("model.layers.0.mlp.up_proj") is quantized; None where it is skipped."""
+        return self.method.scheme
+
     @property
     def needs_calibration(self) -> bool:
         """Rounding to nearest needs no text, unless its activations' scales are calibrated."""
         return not isinstance(self.method, RTN) or self.method.activations == "static"
 
 
-def resolve(settings: Mapping[str, Any]) -> QuantizeSettings:
+def resolve(settings: Mapping[str, Any]) -> QuantizeSettings | ConvertSettings:
     """From the flat `quantize` section; SettingsError for what is unknown, out of range or does not fit together."""
+    if settings.get("method") == "convert":
+        return ConvertSettings(common=build(Convert, settings, where="quantize"))
     shared = {f.name for f in dataclasses.fields(Common)}
     common = build(Common, {k: v for k, v in settings.items() if k in shared}, where="quantize")
     cls = METHODS[common.method]

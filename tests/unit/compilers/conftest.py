@@ -130,7 +130,8 @@ def _rounded_checkpoint(plain: Path, out: Path, scheme: Scheme, encoding: str, h
             tensor = torch.from_numpy(np.array(stored.array))
             tensors[f"{prefix}.{suffix}"] = tensor.view(torch.bfloat16) if stored.dtype == "BF16" else tensor
     save_file(tensors, out / "model.safetensors")
-    values = dict(checkpoint.config) | {"quantization_config": form.config(scheme, head=head)}
+    schemes = dict.fromkeys(linears(config), scheme) | {"lm_head": scheme if head else None}
+    values = dict(checkpoint.config) | {"quantization_config": form.config(schemes)}
     (out / "config.json").write_text(json.dumps(values))
     return out
 
