@@ -229,7 +229,7 @@ class DecoderConfig:
             encoded |= {f"{self.block(index)}.{name}.weight" for name in self.linear_shapes(index)}
         for name, shape in expected.items():
             info = checkpoint.tensors.get(name)
-            if info is None and quantized and name in encoded:
+            if quantized and name in encoded and (info is None or info.dtype not in FLOATS):
                 continue
             if info is None:
                 raise LlmoptError(
@@ -241,7 +241,7 @@ class DecoderConfig:
                     f"`{name}` has the shape {list(info.shape)} where config.json says {list(shape)}",
                     hint="config.json and the weights do not belong together",
                 )
-            if info.dtype not in FLOATS and not (quantized and name in encoded):
+            if info.dtype not in FLOATS:
                 raise LlmoptError(f"`{name}` has the dtype `{info.dtype}`; a plain checkpoint holds floats")
 
 
