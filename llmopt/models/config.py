@@ -241,7 +241,7 @@ class DecoderConfig:
                     f"`{name}` has the shape {list(info.shape)} where config.json says {list(shape)}",
                     hint="config.json and the weights do not belong together",
                 )
-            if info.dtype not in FLOATS and not (quantized and name in encoded):
+            if info.dtype not in FLOATS:
                 raise LlmoptError(f"`{name}` has the dtype `{info.dtype}`; a plain checkpoint holds floats")
 
 

@@ -26,7 +26,7 @@ def check(model: Path, settings: QuantizeSettings, calibration: Path | None, exe
     shelf_bytes(config, settings, settings.common.seq_len, execution.memory_bytes)
     if settings.needs_calibration:
         calibration_windows(model, settings, config, calibration)
-    _check_finite(checkpoint)
+    _check_finite(checkpoint, config)
 
 
 def calibration_windows(
@@ -72,9 +72,13 @@ def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
         layout(shape, scheme)
 
 
-def _check_finite(checkpoint: Checkpoint) -> None:
+def _check_finite(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Of the tensors that the model computes with: old GPT-NeoX checkpoints also store a mask of infinities."""
+    names = set(config.outer_shapes())
+    for index in range(config.layers):
+        names |= {f"{config.block(index)}.{name}" for name in config.block_shapes(index)}
     for name, info in checkpoint.tensors.items():
-        if info.dtype not in FLOATS:
+        if name not in names or info.dtype not in FLOATS:
             continue
         flat = checkpoint.array(name).reshape(-1)
         step = 1 << 24

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from llmopt import evaluate, quantizers
@@ -280,3 +281,16 @@ def test_experts_cannot_have_static_activation_scales(make_checkpoint: Callable[
     settings = quantizers.resolve({**SMALL, **W8A8, "activations": "static"})
     with pytest.raises(SettingsError, match="static activation scales"):
         quantizers.check(make_checkpoint("mixtral"), settings, short_text)
+
+
+def test_what_a_model_does_not_compute_with_is_neither_checked_nor_passed_on(
+    make_checkpoint: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    """GPT-NeoX checkpoints of old store a causal mask, and minus infinity as half precision has it."""
+    folder = Path(shutil.copytree(make_checkpoint("gpt_neox", dtype="float16"), tmp_path / "old"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9).half()
+    tensors["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    quantize(folder, short_text, tmp_path / "q", method="rtn")
+    assert not any("masked_bias" in name for name in Checkpoint.open(tmp_path / "q").tensors)
