@@ -70,7 +70,10 @@ def nearest(weight_OI: np.ndarray, scheme: Scheme) -> QuantizedWeight:
     scale = largest / np.float32(last)
     steps = grouped / scale[:, :, None]
     if scheme.kind == "float":
-        codes = torch.from_numpy(steps).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        rounded = torch.from_numpy(steps)
+        if scheme.group_size == 0:
+            rounded = rounded.bfloat16()  # by a scale without dimensions torch divides in the dtype of the weight
+        codes = rounded.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     else:
         codes = (np.rint(steps) + last + 1).clip(0, 2 * last + 1).astype(np.uint8)
     return QuantizedWeight(
