@@ -71,6 +71,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Make = Callable[..., Path]
+SchemeOf = Callable[[str], Scheme | None]
 
 
 @pytest.fixture(scope="session")
@@ -106,31 +107,40 @@ def _random_checkpoint(folder: Path, model_type: str, dtype: str, config: dict[s
 
 @pytest.fixture(scope="session")
 def quantize(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """quantize(plain, scheme, encoding, head) -> folder with every linear of every block (and the head) rounded."""
+    """quantize(plain, scheme, encoding, head) -> folder with every linear of every block (and the head) rounded.
 
-    def make(plain: Path, scheme: Scheme, encoding: str = "compressed-tensors", *, head: bool = False) -> Path:
-        return _rounded_checkpoint(plain, tmp_path_factory.mktemp("quantized"), scheme, encoding, head)
+    `scheme` may be a function of the linear's prefix; None leaves one plain.
+    """
+
+    def make(
+        plain: Path, scheme: Scheme | SchemeOf, encoding: str = "compressed-tensors", *, head: bool = False
+    ) -> Path:
+        scheme_of = (lambda _: scheme) if isinstance(scheme, Scheme) else scheme
+        return _rounded_checkpoint(plain, tmp_path_factory.mktemp("quantized"), scheme_of, encoding, head)
 
     return make
 
 
-def _rounded_checkpoint(plain: Path, out: Path, scheme: Scheme, encoding: str, head: bool) -> Path:
-    import torch
+def _rounded_checkpoint(plain: Path, out: Path, scheme_of: SchemeOf, encoding: str, head: bool) -> Path:
     from safetensors.torch import save_file
+
+    from llmopt.formats.dequantized import to_torch
 
     shutil.copytree(plain, out, dirs_exist_ok=True)
     checkpoint, form = Checkpoint.open(plain), get_format(encoding)
     config = DecoderConfig.read(checkpoint)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
-    input_scale = INPUT_SCALE if scheme.activations == "static" else None
-    for prefix in [*linears(config), *(["lm_head"] if head else [])]:
+    schemes = {prefix: scheme_of(prefix) for prefix in [*linears(config), *(["lm_head"] if head else [])]}
+    for prefix, scheme in schemes.items():
+        if scheme is None:
+            continue
+        input_scale = INPUT_SCALE if scheme.activations == "static" else None
         weight = rounded(checkpoint.float_array(f"{prefix}.weight"), scheme)
         del tensors[f"{prefix}.weight"]
         for suffix, stored in form.encode(weight, scheme, config.dtype, input_scale).items():
-            tensor = torch.from_numpy(np.array(stored.array))
-            tensors[f"{prefix}.{suffix}"] = tensor.view(torch.bfloat16) if stored.dtype == "BF16" else tensor
+            tensors[f"{prefix}.{suffix}"] = to_torch(stored)
     save_file(tensors, out / "model.safetensors")
-    schemes = dict.fromkeys(linears(config), scheme) | {"lm_head": scheme if head else None}
+    schemes.setdefault("lm_head", None)
     values = dict(checkpoint.config) | {"quantization_config": form.config(schemes)}
     (out / "config.json").write_text(json.dumps(values))
     return out
@@ -146,6 +156,8 @@ def rounded(weight_OI: np.ndarray, scheme: Scheme) -> QuantizedWeight:
     grouped = weight_OI.reshape(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1)
     top = (1 << scheme.bits) - 1
     middle = np.uint8(1 << (scheme.bits - 1))
+    if scheme.kind == "float":
+        return _rounded_to_fp8(weight_OI, scheme)
     if scheme.symmetric:
         scale = exact_scale(np.abs(grouped).max(axis=2) / middle)
         zero = np.full(scale.shape, middle)
@@ -160,6 +172,16 @@ def rounded(weight_OI: np.ndarray, scheme: Scheme) -> QuantizedWeight:
         zero_OG=None if scheme.symmetric else zero,
         bits=scheme.bits,
     )
+
+
+def _rounded_to_fp8(weight_OI: np.ndarray, scheme: Scheme) -> QuantizedWeight:
+    import torch
+
+    largest = np.abs(weight_OI).max(axis=1, keepdims=True)
+    scale = exact_scale((largest if scheme.group_size else np.full_like(largest, largest.max())) / 448)
+    steps = torch.from_numpy(weight_OI / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    codes = steps.view(torch.uint8).numpy()
+    return QuantizedWeight(codes_OI=codes, scale_OG=scale, zero_OG=None, bits=8, kind="float")
 
 
 @pytest.fixture(scope="session")
@@ -232,8 +254,8 @@ class Reference:
         checkpoint = Checkpoint.open(quantized)
         reader = open_quantized(checkpoint)
         for prefix in [*linears(DecoderConfig.read(checkpoint)), "lm_head"]:
-            present = f"{prefix}.weight_scale" in checkpoint.tensors or f"{prefix}.scales" in checkpoint.tensors
-            if present and reader:
+            scales = ("weight_scale", "weight_scale_inv", "scales")
+            if reader and any(f"{prefix}.{suffix}" in checkpoint.tensors for suffix in scales):
                 weight = reader.linear(prefix, tuple(self._modules[prefix].weight.shape))
                 assert weight is not None
                 self.weights[prefix] = weight

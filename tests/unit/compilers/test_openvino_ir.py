@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ PLAIN = {
 W4 = Scheme(bits=4, group_size=32, symmetric=True)
 W4_ASYMMETRIC = Scheme(bits=4, group_size=32, symmetric=False)
 W8A8_DYNAMIC = Scheme(bits=8, group_size=-1, symmetric=True, activations="dynamic")
+FP8 = Scheme(bits=8, group_size=-1, symmetric=True, kind="float")
 W8A8_STATIC = Scheme(bits=8, group_size=-1, symmetric=True, activations="static")
 
 
@@ -72,6 +75,101 @@ def test_exact_engine_of_a_quantized_model_says_what_transformers_says_on_the_de
     tokens = expected.greedy(PROMPT, 64)
     assert engine(folder).greedy(PROMPT, 64) == tokens
     assert batched_greedy(folder, [PROMPT], 64) == [tokens]
+
+
+def mixture(prefix: str) -> Scheme | None:
+    """Four kinds of linears, and plain ones."""
+    kinds = {"down_proj": replace(W4, bits=8), "o_proj": None, "up_proj": W4_ASYMMETRIC, "v_proj": FP8}
+    return kinds.get(prefix.rsplit(".", 1)[-1], W4)
+
+
+@pytest.mark.parametrize("scheme", [mixture, FP8, replace(FP8, group_size=0, activations="static")])
+def test_exact_engine_of_mixed_precision_and_of_fp8(
+    scheme: Any, make_checkpoint: Any, quantize: Any, compiled: Any, engine: Any, reference: Any, batched_greedy: Any
+) -> None:
+    """FP8 inputs stay as they are: the CPU has no arithmetic in FP8."""
+    plain = make_checkpoint("llama")
+    quantized = quantize(plain, scheme, head=True)
+    folder, expected = compiled(quantized), reference(plain, quantized)
+    assert expected.error(engine(folder)(PROMPT), PROMPT) < 1e-5
+    tokens = expected.greedy(PROMPT, 16)
+    assert engine(folder).greedy(PROMPT, 16) == tokens
+    assert batched_greedy(folder, [PROMPT], 16) == [tokens]
+
+
+def test_fp8_is_held_in_two_bytes_and_not_in_four(
+    make_checkpoint: Any, quantize: Any, compiled: Any, read_constant: Any
+) -> None:
+    folder = compiled(quantize(make_checkpoint("llama", tie_word_embeddings=True), FP8))
+    assert read_constant(folder, "model.layers.1.mlp.down_proj.weight")[:2] == ("bf16", (64, 96))
+
+
+def test_exact_engine_of_fp8_in_blocks(
+    make_checkpoint: Any, compiled: Any, engine: Any, reference: Any, tmp_path: Path
+) -> None:
+    import torch
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    plain = make_checkpoint("llama", tie_word_embeddings=True, **sizes)
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+    def blocks(prefix: str, weight: Any) -> dict[str, Any]:
+        rows, columns = (-(-size // 128) for size in weight.shape)
+        scale = torch.full((rows, columns), 0.002) * torch.arange(1, rows * columns + 1).reshape(rows, columns)
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: len(weight)]
+        values = (weight.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"weight": values, "weight_scale_inv": scale}
+
+    quantized = _rewritten(plain, tmp_path / "q", blocks, said)
+    assert reference(plain, quantized).error(engine(compiled(quantized))(PROMPT), PROMPT) < 1e-5
+
+
+@pytest.mark.parametrize("encoding", ["gptq", "modelopt"])
+def test_exact_engine_of_scattered_columns_and_of_scaled_inputs(
+    encoding: str,
+    make_checkpoint: Any,
+    quantize: Any,
+    compiled: Any,
+    engine: Any,
+    reference: Any,
+    read_constant: Any,
+    tmp_path: Path,
+) -> None:
+    """As other tools write them (`desc_act`, `pre_quant_scale`); the integers stay 4-bit constants."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    plain = make_checkpoint("llama", tie_word_embeddings=True)
+    quantized = quantize(plain, W4, encoding)
+    tensors, random = load_file(quantized / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith(".g_idx"):
+            tensors[name] = tensor[torch.randperm(len(tensor), generator=random)]
+        elif name.endswith(".pre_quant_scale"):
+            tensors[name] = tensor * (0.5 + torch.rand(len(tensor), generator=random)).bfloat16()
+    save_file(tensors, quantized / "model.safetensors")
+    if encoding == "modelopt":
+        said = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "W4A16_AWQ", "group_size": 32}}
+        (quantized / "hf_quant_config.json").write_text(json.dumps(said))
+    folder, expected = compiled(quantized), reference(plain, quantized)
+    assert expected.error(engine(folder)(PROMPT), PROMPT) < 1e-5
+    assert read_constant(folder, "model.layers.1.mlp.down_proj.weight")[0] == "i4"
+
+
+def _rewritten(plain: Path, out: Path, encode: Any, said: dict[str, Any]) -> Path:
+    """A copy of a checkpoint whose linears are what `encode(prefix, weight)` makes of them."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(plain, out)
+    tensors = load_file(plain / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        prefix = name.removesuffix(".weight")
+        made = encode(prefix, tensors.pop(name))
+        tensors |= {f"{prefix}.{suffix}": tensor for suffix, tensor in made.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((plain / "config.json").read_text()) | {"quantization_config": said}
+    (out / "config.json").write_text(json.dumps(values))
+    return out
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
