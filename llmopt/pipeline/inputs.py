@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts.digest import describe
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
-from llmopt.pipeline import hub
-from llmopt.pipeline.hub import Reference, Snapshot
 from llmopt.pipeline.runner import StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
     from llmopt.artifacts.store import Store
+    from llmopt.pipeline.hub import Reference, Snapshot
 
 _KINDS = {
     "model": "a checkpoint",
@@ -63,11 +62,15 @@ def model(store: Store, reference: str, progress: Progress = silent) -> Input:
     wanted = _of_hub(reference)
     if wanted is None:
         return resolve(store, reference)
+    from llmopt.pipeline import hub
+
     return _snapshot(hub.fetch_model(wanted, progress), "model", wanted)
 
 
 def adapter(reference: str, progress: Progress = silent) -> Input:
     """A PEFT adapter: a folder, or one of the hub. Only its configuration and its weights count."""
+    from llmopt.pipeline import hub
+
     wanted = _of_hub(reference)
     if wanted is not None:
         return _snapshot(hub.fetch_adapter(wanted, progress), "adapter", wanted)
@@ -87,7 +90,9 @@ def adapter(reference: str, progress: Progress = silent) -> Input:
 def calibration(store: Store, reference: str, progress: Progress = silent) -> Input:
     """What to calibrate on: a calibration set, or (kind `text` or `rows`) a file or a data set to make one from."""
     if reference.startswith("datasets:"):
-        wanted = Reference.parse(reference)
+        from llmopt.pipeline import hub
+
+        wanted = hub.Reference.parse(reference)
         assert wanted is not None
         return _snapshot(hub.fetch_dataset(wanted, progress), "rows", wanted)
     path = Path(reference)
@@ -146,12 +151,16 @@ def _folder(path: Path) -> Input:
 
 def _of_hub(reference: str) -> Reference | None:
     """The reference as one of the hub, unless it is a folder here or can only be a path."""
-    if Path(reference).exists() or reference.startswith(("datasets:", ".", "~", "/")):
+    if "/" not in reference or Path(reference).exists() or reference.startswith(("datasets:", ".", "~", "/")):
         return None
+    from llmopt.pipeline.hub import Reference
+
     return Reference.parse(reference)
 
 
 def _snapshot(snapshot: Snapshot, kind: str, reference: Reference) -> Input:
+    from llmopt.pipeline import hub
+
     found = describe(snapshot.folder, kind, only=snapshot.files)
     hub.check(snapshot, found.files)
     files = tuple(snapshot.folder / name for name in snapshot.files)
