@@ -78,7 +78,7 @@ def quantize(
     The result is an artifact in the store; the same inputs and settings give it again without any work.
     """
     from llmopt.cli.deliver import Delivery
-    from llmopt.pipeline import inputs, plan
+    from llmopt.pipeline import inputs, plan, runner
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
@@ -105,4 +105,5 @@ def quantize(
         seed=seed,
         lm_head=lm_head,
     )
-    delivery.deliver(plan.quantize(session.store, source, settings, session.console.progress))
+    stage = plan.quantize_stage(session.store, source, settings, session.console.progress)
+    delivery.deliver(runner.run(session.store, stage, session.console.progress))

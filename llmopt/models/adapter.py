@@ -129,8 +129,10 @@ class AdaptedCheckpoint(Checkpoint):
     def _low_rank(self, values: np.ndarray, change: _Change, up: str, down: str) -> torch.Tensor:
         import torch
 
-        weight, up_OR, down_RI = (torch.from_numpy(x) for x in (values, *map(self.adapter.float_array, (up, down))))
-        delta_OI = (up_OR @ down_RI).mul_(change.scale)
+        weight = torch.from_numpy(values)
+        up_OR, down_RI = (torch.from_numpy(self.adapter.float_array(name)).double() for name in (up, down))
+        # In float64, as a driver may have switched products of float32 to BF16 factors.
+        delta_OI = (up_OR @ down_RI).mul_(change.scale).float()
         weight += delta_OI.T if change.transposed else delta_OI
         if change.magnitude is not None:
             weight_OI = weight.T if change.transposed else weight  # a view: what is done to it is done to `weight`

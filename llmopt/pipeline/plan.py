@@ -141,14 +141,14 @@ def run(
     return Run(pipeline=pipeline.name, model_bytes=source.bytes, steps=chain.steps)
 
 
-def quantize(store: Store, source: Input, settings: Mapping[str, Any], progress: Progress) -> StageResult:
-    """`llmopt quantize`: the calibration set, unless it is there or none is needed, then the quantized model."""
+def quantize_stage(store: Store, source: Input, settings: Mapping[str, Any], progress: Progress) -> Stage:
+    """The stage of `llmopt quantize`, once its calibration set is in the store."""
     calibration = stages.calibration_source(store, settings, progress)
     adapter = stages.adapter(settings, progress)
     if calibration is not None and calibration.kind != "calibration":
         made = runner.run(store, stages.calibrate(source, calibration, settings, adapter=adapter), progress)
         calibration = inputs.product(made)
-    return runner.run(store, stages.quantize(source, settings, calibration, adapter), progress)
+    return stages.quantize(source, settings, calibration, adapter)
 
 
 class _Chain:

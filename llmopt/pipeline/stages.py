@@ -78,7 +78,7 @@ def calibrate(model: Input, source: Input, settings: Mapping[str, Any], *, adapt
         return calibrate.make(model.path, source.files, own)
 
     def check() -> None:
-        quantizers.check_model(model.path, resolved, base)
+        quantizers.check_model(model.path, resolved, adapter=base)
         made()
 
     def produce(out: Path, progress: Progress) -> Outcome:
@@ -166,7 +166,7 @@ def quantize(
             deps=provenance.versions(quantizers.deps(resolved)),
             target=machine.arithmetic(),
         ),
-        check=lambda: quantizers.check(model.path, resolved, path, merged),
+        check=lambda: quantizers.check(model.path, resolved, path, adapter=merged),
         produce=lambda out, progress: quantizers.quantize(model.path, resolved, path, out, progress, adapter=merged),
     )
 

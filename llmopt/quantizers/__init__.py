@@ -20,18 +20,18 @@ def deps(settings: QuantizeSettings) -> tuple[str, ...]:
     return ("numpy", "safetensors", "torch")
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None, adapter: Path | None = None) -> None:
+def check(model: Path, settings: QuantizeSettings, calibration: Path | None, *, adapter: Path | None = None) -> None:
     """Everything that can be found wrong before the work, without torch; raises LlmoptError."""
     from llmopt.quantizers import preflight
 
-    preflight.check(model, settings, calibration, adapter)
+    preflight.check(model, settings, calibration, adapter=adapter)
 
 
-def check_model(model: Path, settings: QuantizeSettings, adapter: Path | None = None) -> None:
+def check_model(model: Path, settings: QuantizeSettings, *, adapter: Path | None = None) -> None:
     """As much of `check` as small files tell, before there is a calibration set."""
     from llmopt.quantizers import preflight
 
-    preflight.check_model(model, settings, adapter)
+    preflight.check_model(model, settings, adapter=adapter)
 
 
 def quantize(

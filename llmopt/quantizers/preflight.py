@@ -15,9 +15,9 @@ from llmopt.models.text import read_calibration
 from llmopt.quantizers.settings import QuantizeSettings
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None, adapter: Path | None = None) -> None:
+def check(model: Path, settings: QuantizeSettings, calibration: Path | None, *, adapter: Path | None = None) -> None:
     """Family, shapes, settings, calibration set, and weights that are not finite; raises LlmoptError."""
-    checkpoint, config = check_model(model, settings, adapter)
+    checkpoint, config = check_model(model, settings, adapter=adapter)
     if settings.needs_calibration:
         calibration_windows(settings, config, calibration)
     for each in plain_parts(checkpoint):
@@ -25,7 +25,7 @@ def check(model: Path, settings: QuantizeSettings, calibration: Path | None, ada
 
 
 def check_model(
-    model: Path, settings: QuantizeSettings, adapter: Path | None = None
+    model: Path, settings: QuantizeSettings, *, adapter: Path | None = None
 ) -> tuple[Checkpoint, DecoderConfig]:
     """What headers and config files tell: what a calibration set is not worth making without."""
     checkpoint = open_checkpoint(model, adapter)

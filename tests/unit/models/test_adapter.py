@@ -271,7 +271,7 @@ def test_quantizing_with_an_adapter_is_quantizing_what_it_merges_to(
     )
     settings = quantizers.resolve({"method": "rtn", "group_size": 32})
     for source, merge, out in ((base, adapter, tmp_path / "a"), (twin, None, tmp_path / "b")):
-        quantizers.check(source, settings, None, merge)
+        quantizers.check(source, settings, None, adapter=merge)
         out.mkdir()
         quantizers.quantize(source, settings, None, out, silent, adapter=merge)
     assert {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()} == {
@@ -285,7 +285,7 @@ def test_an_adapter_that_is_not_finite_is_found_before_work(base: Path, make_ada
     tensors = factors(QUERY, 128, 128)
     tensors[f"{QUERY}.lora_A.weight"][0, 0] = np.nan
     with pytest.raises(LlmoptError, match=r"lora_A.weight` holds values that are not finite"):
-        quantizers.check(base, quantizers.resolve({"method": "rtn"}), None, make_adapter(tensors))
+        quantizers.check(base, quantizers.resolve({"method": "rtn"}), None, adapter=make_adapter(tensors))
 
 
 def test_opening_loads_no_torch(base: Path, make_adapter: MakeAdapter) -> None:
@@ -295,7 +295,38 @@ def test_opening_loads_no_torch(base: Path, make_adapter: MakeAdapter) -> None:
     adapter = make_adapter(factors(QUERY, 128, 128))
     code = (
         "import sys\nfrom pathlib import Path\nfrom llmopt import quantizers\n"
-        "quantizers.check(Path(sys.argv[1]), quantizers.resolve({'method': 'rtn'}), None, Path(sys.argv[2]))\n"
+        "quantizers.check(Path(sys.argv[1]), quantizers.resolve({'method': 'rtn'}), None, adapter=Path(sys.argv[2]))\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(base), str(adapter)], timeout=60).returncode == 0
+
+
+def test_products_in_bfloat16_do_not_touch_the_merge(base: Path, make_adapter: MakeAdapter) -> None:
+    """The driver may switch float32 products to BF16 factors, for the whole process."""
+    import torch
+
+    adapter = make_adapter(factors(QUERY, 128, 128))
+    exact = merged(base, adapter, f"{QUERY}.weight")
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        assert np.array_equal(merged(base, adapter, f"{QUERY}.weight"), exact)
+    finally:
+        switch.fp32_precision = before
+
+
+@pytest.mark.parametrize("rank", [1, 7, 64])
+def test_the_number_of_threads_changes_no_bit(base: Path, make_adapter: MakeAdapter, rank: int) -> None:
+    import torch
+
+    adapter = make_adapter(factors("model.layers.0.mlp.up_proj", 256, 128, rank), r=rank)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(merged(base, adapter, "model.layers.0.mlp.up_proj.weight"))
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
