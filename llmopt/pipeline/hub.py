@@ -8,11 +8,12 @@ clients. huggingface_hub is imported only once something is to be fetched.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from llmopt.artifacts.manifest import FileEntry
 from llmopt.artifacts.outcome import Progress
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
-_REFERENCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^@\s:]+))?")
+_REFERENCE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@((?!.*\.\.)\w[^@\s:]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DATASETS = "datasets:"
@@ -153,7 +154,7 @@ class _Repository:
         cache = Path(constants.HF_HUB_CACHE) / f"{reference.kind}s--{reference.name.replace('/', '--')}"
         if not constants.HF_HUB_OFFLINE:
             try:
-                with _told(reference):
+                with _quiet(), _told(reference):
                     info = HfApi().repo_info(
                         reference.name, repo_type=reference.kind, revision=reference.revision, files_metadata=True
                     )
@@ -169,8 +170,8 @@ class _Repository:
         found = cls._cached(reference, cache, progress)
         if found is None:
             raise LlmoptError(
-                f"`{reference}` is not in the cache, and $HF_HUB_OFFLINE forbids to fetch it",
-                hint="unset HF_HUB_OFFLINE, or set HF_HOME to the folder of a cache that has it",
+                f"`{reference}` is neither here nor in the cache of the hub, and HF_HUB_OFFLINE forbids to fetch it",
+                hint="check the spelling, unset HF_HUB_OFFLINE, or set HF_HOME to the folder of a cache that has it",
             )
         return found
 
@@ -241,38 +242,41 @@ class _Said:
     """Turns huggingface_hub's bars into a line every few seconds."""
 
     def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
+        self._progress, self._total = progress, total
+        self._done: dict[str, int] = {}
         self._next_s = time.monotonic() + _SAY_EVERY_S
 
     def bar(self, name: str) -> Any:
-        """A class with the interface of a progress bar."""
-        said = self
+        """A class of bars that draw nothing: huggingface_hub asks for one that is tqdm's.
 
-        class Bar:
-            def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-                self.n = 0
-                self.update(initial)
+        It may make two for one file, of its bytes and of the fewer on the wire: the one that is further counts.
+        """
+        from tqdm.std import tqdm  # type: ignore[import-untyped]
 
-            def update(self, count: float | None = 1) -> None:
-                self.n += int(count or 0)
-                said._add(name, int(count or 0))
+        at = self._at
 
-            def __enter__(self) -> Bar:
-                return self
+        class Bar(tqdm):  # type: ignore[misc]
+            monitor_interval = 0
 
-            def __exit__(self, *_: object) -> None:
-                pass
+            def __init__(self, *args: Any, **options: Any) -> None:
+                options.pop("name", None)
+                super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
-            def __getattr__(self, _: str) -> Callable[..., None]:
-                return lambda *_, **__: None
+            def display(self, *_: object, **__: object) -> bool:
+                return True
+
+            def update(self, n: float | None = 1) -> None:
+                super().update(n)
+                at(name, int(self.n))
 
         return Bar
 
-    def _add(self, name: str, count: int) -> None:
-        self._done += count
+    def _at(self, name: str, count: int) -> None:
+        self._done[name] = max(count, self._done.get(name, 0))
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _SAY_EVERY_S
-            self._progress(f"fetching {name}: {byte_size(self._done)} of {byte_size(self._total)}")
+            done = sum(self._done.values())
+            self._progress(f"fetching {name}: {byte_size(done)} of {byte_size(self._total)}")
 
 
 class _UnreachableError(LlmoptError):
@@ -318,9 +322,10 @@ def _explain(error: BaseException, reference: Reference, file: str | None) -> Ll
                 f"`{reference.name}` has no revision `{reference.revision}`", hint="a branch, a tag or a full commit"
             )
         if isinstance(cause, errors.RepositoryNotFoundError):
+            here = f"no folder `{reference}` is here, and " if reference.kind == "model" else ""
             return LlmoptError(
-                f"the hub has no {reference.kind} `{reference.name}`, or it is private",
-                hint="check its spelling; for a private one set HF_TOKEN",
+                f"{here}the hub has no {reference.kind} `{reference.name}`, or it is private",
+                hint="check the spelling; for a private one set HF_TOKEN",
             )
         if isinstance(cause, errors.HfHubHTTPError):
             return _of_status(cause, reference, token)

@@ -55,6 +55,8 @@ def refused(store: Store, reference: str = TINY) -> LlmoptError:
         ("name", None),
         ("a/b/c", None),
         ("org/name@", None),
+        ("org/name@../../x", None),
+        ("org/name@/x", None),
     ],
 )
 def test_references(text: str, expected: Reference | None) -> None:
@@ -362,7 +364,7 @@ def test_the_command_reads_the_hubs_own_environment(hub: Any, published: str, tm
     status, made, loaded, said = llmopt("quantize", TINY, *small)
     assert (status, loaded) == (Exit.OK, True)
     assert (tmp_path / "home" / "hub").is_dir()
-    assert all(line.startswith(("fetching", "block")) for line in said.splitlines())
+    assert all(line.startswith(("fetching", "block")) for line in said.splitlines()), said
     shown = llmopt("store", "show", made["artifact"])
     assert shown[1]["manifest"]["action"]["inputs"]["model_source"] == f"hf:{TINY}@{published}"
     assert not shown[2]
@@ -371,3 +373,19 @@ def test_the_command_reads_the_hubs_own_environment(hub: Any, published: str, tm
     status, again, _, _ = llmopt("quantize", TINY, *small)
     assert (status, again["cached"], again["artifact"]) == (Exit.OK, True, made["artifact"])
     assert hub.requests == []
+
+
+def test_of_two_bars_for_one_file_the_one_that_is_further_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As downloads in chunks have: one bar for what is written, one for what came over the wire."""
+    from llmopt.pipeline import hub as module
+
+    monkeypatch.setattr(module, "_SAY_EVERY_S", 0.0)
+    said: list[str] = []
+    progress = module._Said(said.append, 2000)
+    one, other = (progress.bar("model.safetensors")(total=1000, unit="B") for _ in range(2))
+    one.update(600)
+    other.update(300)
+    progress.bar("second.safetensors")(total=1000, initial=0).update(400)
+    assert said[-2:] == [
+        "fetching model.safetensors: 600 B of 2.0 KiB", "fetching second.safetensors: 1000 B of 2.0 KiB"
+    ]  # fmt: skip
