@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from llmopt import backends
-from llmopt.artifacts.outcome import Json, Outcome, Progress
+from llmopt.artifacts.outcome import Json, Outcome, Progress, silent
 from llmopt.errors import LlmoptError
+from llmopt.profiles.settings import to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,6 +81,14 @@ def write(calibration: Calibration, about: Mapping[str, Json], out: Path, progre
     samples, seq_len = calibration.ids.shape
     progress(f"{samples} windows of {seq_len} tokens")
     return Outcome(metrics={"tokens": samples * seq_len, "rows": len(calibration.rows)}, events=calibration.events)
+
+
+def from_text(model: Path, text: Path, out: Path, *, samples: int, seq_len: int, seed: int = 0) -> Path:
+    """The set of a plain text in the new folder `out`, for who calls `quantizers.quantize` without a store."""
+    settings = CalibrationSettings(samples=samples, seq_len=seq_len, seed=seed, packing="text")
+    out.mkdir(parents=True)
+    write(make(model, [text], settings), to_json(settings), out, silent)
+    return out
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -52,13 +52,10 @@ def measure(base: Path, scratch: Path) -> dict[str, float]:
         resolved = quantizers.resolve(settings)
         out = scratch / str(number)
         out.mkdir()
-        ids = scratch / f"{number}-ids"
-        ids.mkdir()
         common = resolved.common
-        wanted = calibrate.CalibrationSettings(
-            samples=common.samples, seq_len=common.seq_len, seed=common.seed, packing="text"
+        ids = calibrate.from_text(
+            base, CALIBRATION_TEXT, scratch / f"{number}-ids", samples=common.samples, seq_len=common.seq_len
         )
-        calibrate.write(calibrate.make(base, [CALIBRATION_TEXT], wanted), {}, ids, silent)
         quantizers.quantize(base, resolved, ids, out, silent)
         outcome = evaluate.evaluate(out, base, HELDOUT_TEXT, evaluate.resolve({}), scratch, silent)
         found[name] = float(outcome.metrics["kl_mean"]) * 1e3  # type: ignore[arg-type]

@@ -64,6 +64,13 @@ def test_the_windows_of_the_shipped_text_are_those_of_the_first_release() -> Non
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == GOLDEN
 
 
+def test_a_set_can_be_made_without_a_store(tiny: Path, text: Path, tmp_path: Path) -> None:
+    folder = calibrate.from_text(tiny, text, tmp_path / "set", samples=8, seq_len=64, seed=3)
+    settings = CalibrationSettings(samples=8, seq_len=64, seed=3, packing="text")
+    assert np.array_equal(read_calibration(folder), calibrate.make(tiny, [text], settings).ids)
+    assert calibrate.read_about(folder)["samples"] == 8
+
+
 def test_rows_are_joined_by_the_end_of_text_in_the_order_in_which_they_were_drawn(tiny: Path, texts: Path) -> None:
     made = calibrate.make(tiny, [texts], rows())
     stream: list[int] = []

@@ -40,12 +40,7 @@ def quantize(model: Path, text: Path, out: Path, **settings: Any) -> Outcome:
 def calibration_set(model: Path, text: Path, folder: Path, settings: quantizers.QuantizeSettings) -> Path:
     """What `llmopt quantize` makes of a text before it quantizes."""
     common = settings.common
-    wanted = calibrate.CalibrationSettings(
-        samples=common.samples, seq_len=common.seq_len, seed=common.seed, packing="text"
-    )
-    folder.mkdir(parents=True)
-    calibrate.write(calibrate.make(model, [text], wanted), {}, folder, silent)
-    return folder
+    return calibrate.from_text(model, text, folder, samples=common.samples, seq_len=common.seq_len, seed=common.seed)
 
 
 def digest(folder: Path) -> str:
