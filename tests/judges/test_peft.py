@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmopt.models.adapter import open_checkpoint
+from llmopt.models.families import FAMILIES
 
 pytestmark = [pytest.mark.judge, pytest.mark.filterwarnings("default")]
 
@@ -49,7 +50,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "DoRA, rsLoRA": ("llama", {"target_modules": ALL, "use_dora": True, "use_rslora": True}),
     "DoRA of an embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "orthogonal": ("llama", {"target_modules": ALL, "init_lora_weights": "orthogonal", "r": 4}),
+    "fused linears": ("phi3", {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}),
+    "in x out": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "r": 4}),
+    "in x out, DoRA": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "LayerNorm and biases": (
+        "gpt_neox",
+        {"target_modules": ["query_key_value", "dense_h_to_4h"], "bias": "lora_only", "modules_to_save": ["embed_out"]},
+    ),
+    "a router apart": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
 }
+CASES = {name: case for name, case in CASES.items() if case[0] in FAMILIES}
 
 
 def train(model: torch.nn.Module) -> None:

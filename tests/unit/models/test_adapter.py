@@ -274,9 +274,9 @@ def test_quantizing_with_an_adapter_is_quantizing_what_it_merges_to(
         quantizers.check(source, settings, None, adapter=merge)
         out.mkdir()
         quantizers.quantize(source, settings, None, out, silent, adapter=merge)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "b").iterdir()
-    }
+    a, b = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir() if f.is_file()} for name in "ab")
+    assert a == b
+    assert "config.json" in a
 
 
 def test_an_adapter_that_is_not_finite_is_found_before_work(base: Path, make_adapter: MakeAdapter) -> None:
