@@ -34,13 +34,16 @@ def seal(path: Path, name: str) -> FileEntry:
         return FileEntry(name, os.fstat(file.fileno()).st_size, digest)
 
 
-def describe(path: Path, kind: str) -> Manifest:
+def describe(path: Path, kind: str, *, only: Iterable[str] | None = None) -> Manifest:
     """The manifest of an input: a folder's files that stages read (its top level; links are followed), or one file.
 
     Nothing is copied. A folder that holds an exported artifact is checked against its manifest, which then is the
-    answer; CorruptError when it does not agree. LlmoptError when there is nothing to describe.
+    answer; CorruptError when it does not agree. LlmoptError when there is nothing to describe. `only` names the files
+    of a folder that count, at any depth, whatever else is there.
     """
     try:
+        if only is not None:
+            return Manifest(kind=kind, files=tuple(_entry(path / name, name) for name in only))
         if path.is_dir():
             return _describe_folder(path, kind)
         if path.is_file():
@@ -99,7 +102,7 @@ def _walk(folder: Path, inside: set[str], under: str = "") -> Iterable[tuple[str
 
 
 def _describe_folder(folder: Path, kind: str) -> Manifest:
-    names = sorted(file.name for file in folder.iterdir() if _counts(file.name, kind))
+    names = sorted(file.name for file in folder.iterdir() if is_read(file.name, kind))
     if (folder / MANIFEST_NAME).exists():
         return _check_export(folder, names)
     paths = [path for name in names if not (path := folder / name).is_dir()]
@@ -117,8 +120,9 @@ def _describe_folder(folder: Path, kind: str) -> Manifest:
     return Manifest(kind=kind, files=tuple(_entry(path, path.name) for path in paths))
 
 
-def _counts(name: str, kind: str) -> bool:
-    if name.startswith(".") or name == MANIFEST_NAME:
+def is_read(name: str, kind: str) -> bool:
+    """Whether stages read a file of this name, at the top of the folder of an input."""
+    if name.startswith(".") or "/" in name or name == MANIFEST_NAME:
         return False
     suffixes = _SUFFIXES + (_ENGINE_SUFFIXES if kind == "engine" else ())
     return name.endswith(suffixes) or name.startswith(_LICENCES)

@@ -35,7 +35,7 @@ def compile_(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Compile SOURCE: a model, plain or quantized, as a folder, an artifact id or a name.
+    """Compile SOURCE: a model, plain or quantized, as a folder, ORG/NAME[@REVISION], an artifact id or a name.
 
     The engine is an artifact that `llmopt serve` and `llmopt bench` load. Exits with 3 where this machine can only
     prepare it.
@@ -45,7 +45,7 @@ def compile_(
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
-    model = inputs.resolve(session.store, source)
+    model = inputs.model(session.store, source, session.console.progress)
     settings = opt.settings(
         profile,
         "compile",

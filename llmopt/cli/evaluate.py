@@ -34,7 +34,7 @@ def evaluate(
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
-    base = None if against is None else inputs.resolve(session.store, against)
+    base = None if against is None else inputs.model(session.store, against, session.console.progress)
     settings = opt.settings(profile, "eval", text=text, windows=windows, seq_len=seq_len)
-    stage = stages.evaluate(inputs.resolve(session.store, model), base, settings)
+    stage = stages.evaluate(inputs.model(session.store, model, session.console.progress), base, settings)
     delivery.deliver(runner.run(session.store, stage, session.console.progress))

@@ -46,7 +46,21 @@ def quantize(
         str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq, awq, modelopt.")
     ] = None,
     calib: Annotated[
-        str | None, opt.option("--calib", metavar="FILE", help="Calibration text; by default that of the package.")
+        str | None,
+        opt.option(
+            "--calib",
+            metavar="REF",
+            help="Text, .jsonl, .parquet, datasets:ORG/NAME[@REV][:SPLIT] or calibration artifact, instead of the"
+            " package's text.",
+        ),
+    ] = None,
+    calib_field: Annotated[
+        str | None,
+        opt.option("--calib-field", metavar="NAME", help="Field of its rows: a text, or messages of a chat."),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        opt.option("--adapter", metavar="DIR", help="LoRA adapter to merge first: a PEFT folder, or ORG/NAME."),
     ] = None,
     samples: Annotated[int | None, opt.option("--samples", metavar="N", help="Calibration sequences.")] = None,
     seq_len: Annotated[int | None, opt.option("--seq-len", metavar="L", help="Tokens in each of them.")] = None,
@@ -70,16 +84,16 @@ def quantize(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Quantize MODEL: a checkpoint folder, an artifact id or a name.
+    """Quantize MODEL: a checkpoint folder, ORG/NAME[@REVISION] of the Hugging Face hub, an artifact id or a name.
 
     The result is an artifact in the store; the same inputs and settings give it again without any work.
     """
     from llmopt.cli.deliver import Delivery
-    from llmopt.pipeline import inputs, runner, stages
+    from llmopt.pipeline import inputs, plan, runner
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
-    source = inputs.resolve(session.store, model)
+    source = inputs.model(session.store, model, session.console.progress)
     settings = opt.settings(
         profile,
         "quantize",
@@ -95,13 +109,16 @@ def quantize(
         activations=activations,
         format=format,
         calib=calib,
+        calib_field=calib_field,
+        adapter=adapter,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         lm_head=lm_head,
         precision=precision,
     )
-    stage = stages.quantize(source, settings, memory_bytes=opt.byte_size("--memory-budget", memory_budget))
+    memory = opt.byte_size("--memory-budget", memory_budget)
+    stage = plan.quantize_stage(session.store, source, settings, session.console.progress, memory_bytes=memory)
     if not resume:
         session.store.forget(stage.action.key)
     delivery.deliver(runner.run(session.store, stage, session.console.progress))

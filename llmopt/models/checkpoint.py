@@ -90,6 +90,10 @@ class Checkpoint:
         bits = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}.get(info.dtype)
         return copy if bits is None else copy.view(bits)
 
+    def source(self, name: str) -> TensorInfo | torch.Tensor:
+        """What to write where the tensor is passed on: where it lies, or the tensor where that is not what it holds."""
+        return self._info(name)
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Let the system read these tensors ahead, while this process is at other work."""
         for name in names:

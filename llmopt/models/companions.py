@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
+
+from llmopt.errors import LlmoptError
 
 COMPANIONS = (
     "tokenizer.json",
@@ -26,3 +30,16 @@ def copy_companions(source: Path, out: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; an absent file is an empty one."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise LlmoptError(f"`{path}` is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise LlmoptError(f"`{path}` holds no JSON object")
+    return values

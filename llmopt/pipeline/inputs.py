@@ -7,25 +7,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.digest import describe
+from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
 from llmopt.pipeline.runner import StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
     from llmopt.artifacts.store import Store
+    from llmopt.pipeline.hub import Reference, Snapshot
 
-_KINDS = {"model": "a checkpoint", "quantized-model": "a quantized model", "engine": "an engine", "report": "a report"}
+_KINDS = {
+    "model": "a checkpoint",
+    "quantized-model": "a quantized model",
+    "engine": "an engine",
+    "report": "a report",
+    "calibration": "a calibration set",
+}
+#: Files of which every row is a text or a conversation; any other file is one text.
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """`id` names the bytes under `path`, which were read to find or to check it; `label` is for people."""
+    """`id` names the bytes under `path`, which were read to find or to check it; `label` is for people.
+
+    `source` says where it was fetched from, if it was: `hf:org/name@<commit>`. `files` are those of a calibration text.
+    """
 
     id: str
     path: Path
     kind: str
     bytes: int
     label: str
+    source: str | None = None
+    files: tuple[Path, ...] = ()
 
 
 def resolve(store: Store, reference: str) -> Input:
@@ -42,6 +57,61 @@ def resolve(store: Store, reference: str) -> Input:
     return _input(store.get(artifact), store.path(artifact), reference)
 
 
+def model(store: Store, reference: str, progress: Progress = silent) -> Input:
+    """As `resolve`; what is neither a folder nor in the store may be a model of the Hugging Face hub."""
+    wanted = _of_hub(reference)
+    if wanted is None:
+        return resolve(store, reference)
+    from llmopt.pipeline import hub
+
+    return _snapshot(hub.fetch_model(wanted, progress), "model", wanted)
+
+
+def adapter(reference: str, progress: Progress = silent) -> Input:
+    """A PEFT adapter: a folder, or one of the hub. Only its configuration and its weights count."""
+    from llmopt.pipeline import hub
+
+    wanted = _of_hub(reference)
+    if wanted is not None:
+        return _snapshot(hub.fetch_adapter(wanted, progress), "adapter", wanted)
+    folder = Path(reference)
+    for name in hub.ADAPTER_FILES:
+        if not (folder / name).is_file():
+            pickled = name.endswith(".safetensors") and (folder / "adapter_model.bin").is_file()
+            raise LlmoptError(
+                f"no `{name}` in the adapter `{reference}`",
+                hint="save it with safetensors: it has its weights as a pickle only"
+                if pickled
+                else "give the folder that peft's `save_pretrained` wrote, or the hub's `ORG/NAME`",
+            )
+    return _input(describe(folder, "adapter", only=hub.ADAPTER_FILES), folder, folder.resolve().name)
+
+
+def calibration(store: Store, reference: str, progress: Progress = silent) -> Input:
+    """What to calibrate on: a calibration set, or (kind `text` or `rows`) a file or a data set to make one from."""
+    if reference.startswith("datasets:"):
+        from llmopt.pipeline import hub
+
+        wanted = hub.Reference.parse(reference)
+        assert wanted is not None
+        return _snapshot(hub.fetch_dataset(wanted, progress), "rows", wanted)
+    path = Path(reference)
+    if path.is_file():
+        return text(path, kind="rows" if path.name.endswith(ROW_SUFFIXES) else "text")
+    if not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
+        raise LlmoptError(
+            f"no text file at `{reference}`, and no calibration set of that name",
+            hint="give a UTF-8 text, a .jsonl or .parquet file, `datasets:ORG/NAME`, or an artifact of the store",
+        )
+    found = resolve(store, reference)
+    if found.kind != "calibration":
+        raise SettingsError(
+            f"`{reference}` is {_KINDS.get(found.kind, found.kind)}, not a calibration set",
+            hint="give a text file, or an artifact that `llmopt quantize` made of one",
+        )
+    return found
+
+
 def subject(store: Store, reference: str) -> Input | str:
     """What a bench loads: the URL of a server as it is, anything else resolved."""
     return reference if reference.startswith(("http://", "https://")) else resolve(store, reference)
@@ -54,12 +124,12 @@ def product(result: StageResult) -> Input:
     )
 
 
-def text(file: str | Path) -> Input:
-    """A calibration or evaluation text."""
+def text(file: str | Path, *, kind: str = "text") -> Input:
+    """A text, or a file of rows, to calibrate on or to evaluate with."""
     path = Path(file)
     if not path.is_file():
         raise LlmoptError(f"no text file at `{path}`", hint="give a file of plain UTF-8 text")
-    return _input(describe(path, "calibration"), path, path.name)
+    return _input(describe(path, kind), path, path.name, files=(path,))
 
 
 def require(source: Input, command: str, *kinds: str) -> None:
@@ -79,8 +149,30 @@ def _folder(path: Path) -> Input:
     return _input(describe(path, kind), path, path.resolve().name)
 
 
-def _input(manifest: Manifest, path: Path, label: str) -> Input:
-    return Input(id=manifest.id, path=path, kind=manifest.kind, bytes=manifest.size, label=label)
+def _of_hub(reference: str) -> Reference | None:
+    """The reference as one of the hub, unless it is a folder here or can only be a path."""
+    if "/" not in reference or Path(reference).exists() or reference.startswith(("datasets:", ".", "~", "/")):
+        return None
+    from llmopt.pipeline.hub import Reference
+
+    return Reference.parse(reference)
+
+
+def _snapshot(snapshot: Snapshot, kind: str, reference: Reference) -> Input:
+    from llmopt.pipeline import hub
+
+    found = describe(snapshot.folder, kind, only=snapshot.files)
+    hub.check(snapshot, found.files)
+    files = tuple(snapshot.folder / name for name in snapshot.files)
+    return _input(found, snapshot.folder, str(reference), source=snapshot.source, files=files)
+
+
+def _input(
+    manifest: Manifest, path: Path, label: str, *, source: str | None = None, files: tuple[Path, ...] = ()
+) -> Input:
+    return Input(
+        id=manifest.id, path=path, kind=manifest.kind, bytes=manifest.size, label=label, source=source, files=files
+    )
 
 
 def _not_found(store: Store, reference: str) -> LlmoptError:
@@ -92,14 +184,11 @@ def _not_found(store: Store, reference: str) -> LlmoptError:
         )
     if path.is_file():
         return SettingsError(f"`{reference}` is a file", hint="give the folder that holds config.json")
-    parts = reference.split("/")
-    if len(parts) == 2 and all(parts) and not reference.startswith((".", "~")):
+    if "/" in reference:
         return LlmoptError(
-            f"no folder `{reference}`, and models are not fetched from the Hugging Face hub yet",
-            hint="download it (`hf download ORG/NAME --local-dir FOLDER`), and give the folder",
+            f"no model folder at `{reference}`",
+            hint="give the folder that holds config.json, or `ORG/NAME` of the hub where a checkpoint is asked for",
         )
-    if len(parts) > 1:
-        return LlmoptError(f"no model folder at `{reference}`", hint="give the folder that holds config.json")
     return LlmoptError(
         f"no folder and no artifact `{reference}`",
         hint=nearest(reference, store.names()) if store.names() else "`llmopt store ls` lists the artifacts",

@@ -119,12 +119,12 @@ def run(
     """
     chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep)
     steps, sections = pipeline.steps, pipeline.sections
-    source = inputs.resolve(store, pipeline.model)
+    source = inputs.model(store, pipeline.model, progress)
     base: Input | _Pending = source
     model = base
     engines: dict[str, Input | _Pending] = {}
     if "quantize" in steps:
-        model = chain.step("quantize", lambda base: stages.quantize(base, sections["quantize"]), base)
+        model = chain.quantize(source, sections["quantize"])
     if "compile" in steps:
         engines["candidate"] = chain.step("compile", lambda model: stages.compile_(model, sections["compile"]), model)
     if "compile-base" in steps:
@@ -141,12 +141,46 @@ def run(
     return Run(pipeline=pipeline.name, model_bytes=source.bytes, steps=chain.steps)
 
 
+def quantize_stage(
+    store: Store,
+    source: Input,
+    settings: Mapping[str, Any],
+    progress: Progress,
+    *,
+    memory_bytes: int | None = None,
+) -> Stage:
+    """The stage of `llmopt quantize`, once its calibration set is in the store."""
+    calibration = stages.calibration_source(store, settings, progress)
+    adapter = stages.adapter(settings, progress)
+    if calibration is not None and calibration.kind != "calibration":
+        made = runner.run(store, stages.calibrate(source, calibration, settings, adapter=adapter), progress)
+        calibration = inputs.product(made)
+    return stages.quantize(source, settings, calibration, adapter, memory_bytes=memory_bytes)
+
+
 class _Chain:
     def __init__(
         self, store: Store, progress: Progress, *, dry_run: bool, why: bool, keep: Callable[[str, Path], None] | None
     ) -> None:
         self.steps: list[Step] = []
         self._store, self._progress, self._dry_run, self._why, self._keep = store, progress, dry_run, why, keep
+
+    def quantize(self, source: Input, settings: Mapping[str, Any]) -> Input | _Pending:
+        """Two steps where there is a text to calibrate on, else one."""
+        texts = stages.calibration_source(self._store, settings, self._progress)
+        adapter = stages.adapter(settings, self._progress)
+        needs: list[Input | _Pending] = [source]
+        if texts is not None and texts.kind == "calibration":
+            needs.append(texts)
+        elif texts is not None:
+            needs.append(
+                self.step("calibrate", lambda base: stages.calibrate(base, texts, settings, adapter=adapter), source)
+            )
+
+        def make(base: Input, calibration: Input | None = None) -> Stage:
+            return stages.quantize(base, settings, calibration, adapter)
+
+        return self.step("quantize", make, *needs)
 
     def step(self, name: str, make: Callable[..., Stage], *needs: Input | _Pending) -> Input | _Pending:
         """Do, find or only describe one stage; what comes back is the input of the next."""

@@ -13,10 +13,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 #: The code that each operation runs, as paths in the package; a change in any of it gives other keys.
 SOURCES: Mapping[str, tuple[str, ...]] = {
+    "calibrate": ("calibrate", "models/text", "models/chat"),
     "quantize": ("quantizers", "formats", "models"),
     "compile": ("compilers", "formats", "models"),
     "eval": ("evaluate", "formats", "models"),
-    "bench": ("bench", "serve"),
+    "bench": ("bench", "serve", "models/chat"),
 }
 
 

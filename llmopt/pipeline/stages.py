@@ -1,4 +1,4 @@
-"""The four stages, each as the action that it is: what goes in, with which settings, and the function that does it.
+"""The stages, each as the action that it is: what goes in, with which settings, and the function that does it.
 
 Making a Stage checks its settings and works out its key; nothing else happens before `runner.run` finds that the store
 has no result for that key. So a misspelt setting is always an error, and a hit costs no look into the model.
@@ -6,11 +6,16 @@ has no result for that key. So a misspelt setting is always an error, and a hit 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.artifacts.manifest import Action
-from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.digest import sha256_file
+from llmopt.artifacts.manifest import Action, canonical_json
+from llmopt.artifacts.outcome import Json, Outcome, Progress
+from llmopt.errors import LlmoptError, SettingsError
 from llmopt.pipeline import inputs, machine, provenance
 from llmopt.pipeline.inputs import Input
 from llmopt.pipeline.runner import Stage
@@ -18,11 +23,14 @@ from llmopt.profiles import CALIBRATION_TEXT, HELDOUT_TEXT
 from llmopt.profiles.settings import to_json
 
 if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
     from llmopt.bench import Subject
+    from llmopt.calibrate import Calibration, CalibrationSettings
+    from llmopt.quantizers import QuantizeSettings
 
 #: Keys of a section that name an input of the stage and are no setting of it.
 REFERENCES: Mapping[str, tuple[str, ...]] = {
-    "quantize": ("calib",),
+    "quantize": ("calib", "calib_field", "adapter"),
     "compile": (),
     "eval": ("text",),
     "bench": ("against",),
@@ -31,19 +39,131 @@ REFERENCES: Mapping[str, tuple[str, ...]] = {
 _SERVING = ("openvino", "openvino-genai", "uvicorn")
 
 
-def quantize(model: Input, settings: Mapping[str, Any], *, memory_bytes: int | None = None) -> Stage:
-    """A quantized model from a checkpoint; `calib` in the settings is a text file, by default the one shipped.
+def calibration_source(store: Store, settings: Mapping[str, Any], progress: Progress) -> Input | None:
+    """What a `quantize` calibrates on, by default the text shipped: a set, or what `calibrate` makes one of.
+
+    None for a method that needs none.
+    """
+    from llmopt import quantizers
+
+    if not quantizers.resolve(_own("quantize", settings)).needs_calibration:
+        return None
+    return inputs.calibration(store, str(settings.get("calib") or CALIBRATION_TEXT), progress)
+
+
+def adapter(settings: Mapping[str, Any], progress: Progress) -> Input | None:
+    """The LoRA adapter that a `quantize` merges first, if any."""
+    reference = settings.get("adapter")
+    return None if reference is None else inputs.adapter(str(reference), progress)
+
+
+def calibrate(model: Input, source: Input, settings: Mapping[str, Any], *, adapter: Input | None = None) -> Stage:
+    """The calibration set for a `quantize` with these settings; of the model, only the tokenizer is in its key.
+
+    Its check is also that of the model, as far as small files tell, so that nothing is tokenized in vain.
+    """
+    from llmopt import calibrate, quantizers
+
+    inputs.require(model, "quantize", "model", "quantized-model")
+    resolved = quantizers.resolve(_own("quantize", settings))
+    assert isinstance(resolved, quantizers.QuantizeSettings)  # a conversion needs no calibration set
+    own = _calibration_settings(model, source, settings, resolved)
+    template = _template_id(model.path) if own.packing == "rows" else None
+    ids = {"tokenizer": _tokenizer_id(model.path), **_ids(data=source)} | (
+        {} if template is None else {"chat_template": template}
+    )
+    base = None if adapter is None else adapter.path
+
+    @cache
+    def made() -> Calibration:
+        return calibrate.make(model.path, source.files, own)
+
+    def check() -> None:
+        quantizers.check_model(model.path, resolved, adapter=base)
+        made()
+
+    def produce(out: Path, progress: Progress) -> Outcome:
+        about: dict[str, Json] = {"inputs": dict(ids), **to_json(own)}
+        return calibrate.write(made(), about, out, progress)
+
+    return Stage(
+        kind="calibration",
+        action=Action(
+            op="calibrate",
+            op_version=calibrate.OP_VERSION,
+            inputs=ids,
+            settings=to_json(own),
+            code=provenance.code_digest("calibrate"),
+            deps=provenance.versions(calibrate.deps(own, chat=template is not None)),
+            target={},
+        ),
+        check=check,
+        produce=produce,
+    )
+
+
+def _calibration_settings(
+    model: Input, source: Input, settings: Mapping[str, Any], resolved: QuantizeSettings
+) -> CalibrationSettings:
+    from llmopt import calibrate
+
+    common, field, rows = resolved.common, settings.get("calib_field"), source.kind == "rows"
+    if field is not None and not rows:
+        raise SettingsError(
+            f"`calib_field` is of a file with rows, and `{source.label}` is a plain text",
+            hint="give a .jsonl or .parquet file, or leave it out",
+        )
+    return calibrate.CalibrationSettings(
+        samples=common.samples,
+        seq_len=common.seq_len,
+        seed=common.seed,
+        packing="rows" if rows else "text",
+        field=None if field is None else str(field),
+        eos_token_id=calibrate.eos_token_id(model.path) if rows else None,
+    )
+
+
+def _tokenizer_id(model: Path) -> str:
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise LlmoptError(
+            f"no `tokenizer.json` in `{model}`",
+            hint="save the tokenizer with transformers' `AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
+        )
+    return f"sha256:{sha256_file(file)}"
+
+
+def _template_id(model: Path) -> str | None:
+    from llmopt.models.chat import TemplateSource
+
+    source = TemplateSource.read(model)
+    if source is None:
+        return None
+    return f"sha256:{hashlib.sha256(canonical_json([source.text, dict(source.special_tokens)])).hexdigest()}"
+
+
+def quantize(
+    model: Input,
+    settings: Mapping[str, Any],
+    calibration: Input | None = None,
+    adapter: Input | None = None,
+    *,
+    memory_bytes: int | None = None,
+) -> Stage:
+    """A quantized model from a checkpoint and, for a method that needs one, a calibration set.
 
     `memory_bytes` bounds what this process takes, and changes no bytes.
     """
     from llmopt import quantizers
 
-    values = dict(settings)
-    text = values.pop("calib", None)
-    resolved = quantizers.resolve(values)
-    calibration = inputs.text(text or CALIBRATION_TEXT) if resolved.needs_calibration else None
+    resolved = quantizers.resolve(_own("quantize", settings))
+    if not resolved.needs_calibration:
+        calibration = None
+    if calibration is not None:
+        resolved = quantizers.resolve(_own("quantize", settings) | _size_of(calibration, settings))
     inputs.require(model, "quantize", "model", "quantized-model")
     path = None if calibration is None else calibration.path
+    merged = None if adapter is None else adapter.path
     bfloat16 = resolved.needs_calibration and resolved.common.precision == "auto" and machine.has_bfloat16()
     execution = quantizers.Execution(bfloat16=bfloat16, memory_bytes=memory_bytes)
     return Stage(
@@ -51,16 +171,33 @@ def quantize(model: Input, settings: Mapping[str, Any], *, memory_bytes: int | N
         action=Action(
             op=f"quantize.{resolved.common.method}",
             op_version=quantizers.OP_VERSION,
-            inputs=_ids(model=model, calibration=calibration),
+            inputs=_ids(model=model, calibration=calibration, adapter=adapter),
             settings=resolved.to_json(),
             code=provenance.code_digest("quantize"),
             deps=provenance.versions(quantizers.deps(resolved)),
             target=machine.arithmetic() | {"products": "bfloat16" if bfloat16 else "float32"},
         ),
-        check=lambda: quantizers.check(model.path, resolved, path, execution),
-        produce=lambda out, progress: quantizers.quantize(model.path, resolved, path, out, progress, execution),
+        check=lambda: quantizers.check(model.path, resolved, path, execution, adapter=merged),
+        produce=lambda out, progress: quantizers.quantize(
+            model.path, resolved, path, out, progress, execution, adapter=merged
+        ),
         resumable=True,
     )
+
+
+def _size_of(calibration: Input, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The size of a calibration set, which is what the settings mean where they do not say another."""
+    from llmopt.calibrate import read_about
+
+    about = read_about(calibration.path)
+    size = {name: int(about[name]) for name in ("samples", "seq_len")}
+    for name, value in size.items():
+        if settings.get(name, value) != value:
+            raise SettingsError(
+                f"`{name}` cannot be {settings[name]}: the calibration set `{calibration.label}` has {value}",
+                hint=f"leave `{name}` out, or calibrate on a text",
+            )
+    return size
 
 
 def compile_(model: Input, settings: Mapping[str, Any]) -> Stage:
@@ -153,14 +290,24 @@ def _serving() -> dict[str, str]:
 
 
 def _ids(**given: Input | None) -> dict[str, str]:
-    return {name: source.id for name, source in given.items() if source is not None}
+    """The digests of the inputs; where one was fetched, also from where: `model_source` beside `model`."""
+    found: dict[str, str] = {}
+    for name, given_input in given.items():
+        if given_input is not None:
+            found[name] = given_input.id
+            found |= {} if given_input.source is None else {f"{name}_source": given_input.source}
+    return found
+
+
+def _own(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section without its references."""
+    return {key: value for key, value in values.items() if key not in REFERENCES[section]}
 
 
 def settings_of(section: str, values: Mapping[str, Any]) -> dict[str, Json]:
     """The section with every default, its references included; SettingsError for what its stage does not take."""
     references = {key: values[key] for key in REFERENCES[section] if key in values}
-    own = {key: value for key, value in values.items() if key not in references}
-    return _SETTINGS[section](own) | references
+    return _SETTINGS[section](_own(section, values)) | references
 
 
 def _quantize_settings(values: Mapping[str, Any]) -> dict[str, Json]:

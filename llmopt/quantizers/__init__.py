@@ -24,6 +24,7 @@ __all__ = [
     "QuantizeSettings",
     "check",
     "check_block",
+    "check_model",
     "deps",
     "quantize",
     "resolve",
@@ -34,7 +35,7 @@ OP_VERSION = 2
 
 def deps(settings: QuantizeSettings | ConvertSettings) -> tuple[str, ...]:
     """The distributions whose versions may change the bytes."""
-    return ("numpy", "safetensors", "tokenizers", "torch")
+    return ("numpy", "safetensors", "torch")
 
 
 def check(
@@ -42,15 +43,31 @@ def check(
     settings: QuantizeSettings | ConvertSettings,
     calibration: Path | None,
     execution: Execution = DEFAULT,
+    *,
+    adapter: Path | None = None,
 ) -> None:
     """Everything that can be found wrong before the work, without torch; raises LlmoptError."""
     if isinstance(settings, ConvertSettings):
         from llmopt.formats.convert import check_convert
 
-        return check_convert(model, settings.common.format)
+        check_convert(model, settings.common.format)
+        return
     from llmopt.quantizers import preflight
 
-    return preflight.check(model, settings, calibration, execution)
+    preflight.check(model, settings, calibration, execution, adapter=adapter)
+
+
+def check_model(
+    model: Path,
+    settings: QuantizeSettings,
+    execution: Execution = DEFAULT,
+    *,
+    adapter: Path | None = None,
+) -> None:
+    """As much of `check` as small files tell, before there is a calibration set."""
+    from llmopt.quantizers import preflight
+
+    preflight.check_model(model, settings, execution, adapter=adapter)
 
 
 def quantize(
@@ -60,9 +77,12 @@ def quantize(
     out: Path,
     progress: Progress,
     execution: Execution = DEFAULT,
+    *,
+    adapter: Path | None = None,
 ) -> Outcome:
     """Write the quantized checkpoint to `out`. Peak memory is one block and what the calibration set may take.
 
+    `calibration` is the folder of a calibration set; `adapter` that of a LoRA adapter, which is merged first.
     `out` is empty, or holds what the very same call left when it was ended early: then it goes on from there.
     """
     if isinstance(settings, ConvertSettings):
@@ -72,7 +92,7 @@ def quantize(
     from llmopt.models.parallel import Workers
 
     with Workers(bfloat16=execution.bfloat16) as workers:
-        return _driver(model, settings, calibration, workers, progress, execution).run(out)
+        return _driver(model, settings, calibration, workers, progress, execution, adapter).run(out)
 
 
 def check_block(
@@ -83,12 +103,16 @@ def check_block(
     index: int,
     progress: Progress,
     execution: Execution = DEFAULT,
+    *,
+    adapter: Path | None = None,
 ) -> list[str]:
     """Quantize one block of `quantized` again and name the tensors that come out other than they are there."""
     from llmopt.models.parallel import Workers
 
     with Workers(bfloat16=execution.bfloat16) as workers:
-        return _driver(model, settings, calibration, workers, progress, execution).check_block(quantized, index)
+        return _driver(model, settings, calibration, workers, progress, execution, adapter).check_block(
+            quantized, index
+        )
 
 
 def _driver(
@@ -98,13 +122,14 @@ def _driver(
     workers: Workers,
     progress: Progress,
     execution: Execution,
+    adapter: Path | None,
 ) -> Driver:
-    from llmopt.models.checkpoint import Checkpoint
+    from llmopt.models.adapter import open_checkpoint
     from llmopt.models.config import DecoderConfig
     from llmopt.quantizers.driver import Driver
     from llmopt.quantizers.preflight import calibration_windows
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = open_checkpoint(model, adapter)
     config = DecoderConfig.read(checkpoint)
-    tokens = calibration_windows(model, settings, config, calibration) if settings.needs_calibration else None
+    tokens = calibration_windows(settings, config, calibration) if settings.needs_calibration else None
     return Driver(checkpoint, config, settings, tokens, workers, progress, execution)

@@ -86,7 +86,7 @@ class Driver:
         records = journal.finished([writer.shard(number + 1) for number in range(config.layers + 2)])
         if not records:
             records.append({"events": [], "errors": {}})
-            tables = {name: self._checkpoint.tensors[name] for name in config.embedding_shapes()}
+            tables = {name: self._checkpoint.source(name) for name in config.embedding_shapes()}
             journal.record(0, writer.write(1, tables), records[0])
         shelf = self._resume(out, journal, min(len(records) - 1, config.layers))
         for number in range(len(records), config.layers + 2):
@@ -218,8 +218,7 @@ class Driver:
 
     def _plain(self, name: str, value: torch.Tensor, changed: bool) -> Writable:
         """A tensor that is not quantized: as it was, or in its own dtype."""
-        info = self._checkpoint.tensors[name]
-        return value.to(_DTYPES[info.dtype]) if changed else info
+        return value.to(_DTYPES[self._checkpoint.tensors[name].dtype]) if changed else self._checkpoint.source(name)
 
     def _observe(self, block: DecoderBlock, shelf: Shelf, wanted: frozenset[str]) -> dict[str, Statistics]:
         """Statistics of every site's input under the original weights."""
@@ -345,11 +344,11 @@ class Driver:
         """The last shard: final norm and head, the head quantized if asked."""
         config, family, part = self._config, self._config.family, _Part()
         head_name = f"{family.head}.weight"
-        part.tensors |= {name: self._checkpoint.tensors[name] for name in config.final_shapes()}
+        part.tensors |= {name: self._checkpoint.source(name) for name in config.final_shapes()}
         if config.tie_embeddings:
             return part
         if (scheme := self._schemes[family.head]) is None:
-            part.tensors[head_name] = self._checkpoint.tensors[head_name]
+            part.tensors[head_name] = self._checkpoint.source(head_name)
             return part
         norm, weight_OI = final_norm(self._checkpoint, config), load_float(self._checkpoint, head_name)
         statistics = Statistics()

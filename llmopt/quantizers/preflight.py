@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
 
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats.reading import get_format
+from llmopt.models.adapter import open_checkpoint, plain_parts
 from llmopt.models.checkpoint import FLOATS, Checkpoint
 from llmopt.models.config import DecoderConfig
-from llmopt.models.text import read_tokens, windows
+from llmopt.models.text import read_calibration
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.memory import shelf_bytes
 from llmopt.quantizers.settings import QuantizeSettings
 
 
-def check(model: Path, settings: QuantizeSettings, calibration: Path | None, execution: Execution) -> None:
-    """Family, shapes, settings, text, and weights that are not finite; raises LlmoptError."""
-    checkpoint = Checkpoint.open(model)
+def check(
+    model: Path,
+    settings: QuantizeSettings,
+    calibration: Path | None,
+    execution: Execution,
+    *,
+    adapter: Path | None = None,
+) -> None:
+    """Family, shapes, settings, calibration set, and weights that are not finite; raises LlmoptError."""
+    checkpoint, config = check_model(model, settings, execution, adapter=adapter)
+    if settings.needs_calibration:
+        calibration_windows(settings, config, calibration)
+    model_part, *adapter_parts = plain_parts(checkpoint)
+    _check_finite(model_part, _computed_with(config))
+    for each in adapter_parts:
+        _check_finite(each, each.tensors)
+
+
+def check_model(
+    model: Path, settings: QuantizeSettings, execution: Execution, *, adapter: Path | None = None
+) -> tuple[Checkpoint, DecoderConfig]:
+    """What headers and config files tell: what a calibration set is not worth making without."""
+    checkpoint = open_checkpoint(model, adapter)
     config = DecoderConfig.read(checkpoint)
     if "quantization_config" in checkpoint.config:
         raise LlmoptError(f"`{model}` is quantized already", hint="quantize the checkpoint that it was made from")
     _check_shapes(config, settings)
     shelf_bytes(config, settings, settings.common.seq_len, execution.memory_bytes)
     if settings.needs_calibration:
-        calibration_windows(model, settings, config, calibration)
-    _check_finite(checkpoint, config)
+        _check_positions(settings.common.seq_len, config)
+    return checkpoint, config
 
 
-def calibration_windows(
-    model: Path, settings: QuantizeSettings, config: DecoderConfig, calibration: Path | None
-) -> np.ndarray:
-    """Token ids [samples, seq_len], int64."""
-    common = settings.common
+def calibration_windows(settings: QuantizeSettings, config: DecoderConfig, calibration: Path | None) -> np.ndarray:
+    """Token ids [samples, seq_len], int64, of a calibration set that fits the model."""
     if calibration is None:
-        raise LlmoptError(f"the method `{common.method}` needs a calibration text", hint="give one with `--calib FILE`")
-    if common.seq_len > config.max_positions:
+        method = settings.common.method
+        raise LlmoptError(f"the method `{method}` needs a calibration text", hint="give one with `--calib FILE`")
+    ids = read_calibration(calibration)
+    _check_positions(ids.shape[1], config)
+    if ids.max(initial=0) >= config.vocab_size:
+        raise LlmoptError("the tokenizer has more tokens than the model", hint="do they belong together?")
+    return ids
+
+
+def _check_positions(seq_len: int, config: DecoderConfig) -> None:
+    if seq_len > config.max_positions:
         raise SettingsError(
-            f"`seq_len` cannot be {common.seq_len}: the model has {config.max_positions} positions",
+            f"`seq_len` cannot be {seq_len}: the model has {config.max_positions} positions",
             hint=f"use `seq_len: {config.max_positions}` or less",
         )
-    tokens = read_tokens(model, calibration)
-    if tokens.max(initial=0) >= config.vocab_size:
-        raise LlmoptError("the tokenizer has more tokens than the model", hint="do they belong together?")
-    return windows(tokens, count=common.samples, length=common.seq_len, seed=common.seed, what="calibration text")
 
 
 def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
@@ -72,11 +96,15 @@ def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
         layout(shape, scheme)
 
 
-def _check_finite(checkpoint: Checkpoint, config: DecoderConfig) -> None:
-    """Of the tensors that the model computes with: old GPT-NeoX checkpoints also store a mask of infinities."""
+def _computed_with(config: DecoderConfig) -> set[str]:
+    """The tensors that the model computes with: old GPT-NeoX checkpoints also store a mask of infinities."""
     names = set(config.outer_shapes())
     for index in range(config.layers):
         names |= {f"{config.block(index)}.{name}" for name in config.block_shapes(index)}
+    return names
+
+
+def _check_finite(checkpoint: Checkpoint, names: Container[str]) -> None:
     for name, info in checkpoint.tensors.items():
         if name not in names or info.dtype not in FLOATS:
             continue

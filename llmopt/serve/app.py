@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from llmopt.serve.chat import ChatTemplate, TemplateRefusedError
+from llmopt.models.chat import ChatTemplate, TemplateRefusedError
 from llmopt.serve.engine import Engine, Events, Tokens
 from llmopt.serve.protocol import ApiError, Call, encodable, parse
 from llmopt.serve.text import Detokenizer, StopStrings, Vocabulary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.errors import LlmoptError
+from llmopt.models.companions import read_json
 
 SCHEMA = "llmopt.engine/1"
 FILES = (
@@ -88,19 +88,6 @@ def available_bytes() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an absent file is an empty one."""
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise LlmoptError(f"`{path}` is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise LlmoptError(f"`{path}` holds no JSON object")
-    return values
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:

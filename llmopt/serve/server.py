@@ -17,10 +17,11 @@ import uvicorn
 from tokenizers import Tokenizer
 
 from llmopt.errors import LlmoptError
+from llmopt.models.chat import ChatTemplate
+from llmopt.models.companions import read_json
 from llmopt.serve.app import Model, build
-from llmopt.serve.chat import ChatTemplate
 from llmopt.serve.engine import Engine
-from llmopt.serve.folder import EngineFolder, read_json
+from llmopt.serve.folder import EngineFolder
 from llmopt.serve.sockets import url
 from llmopt.serve.text import Vocabulary
 

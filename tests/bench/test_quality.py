@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmopt import evaluate, quantizers
+from llmopt import calibrate, evaluate, quantizers
 from llmopt.artifacts.outcome import silent
 from llmopt.profiles import CALIBRATION_TEXT, HELDOUT_TEXT
 
@@ -52,7 +52,11 @@ def measure(base: Path, scratch: Path) -> dict[str, float]:
         resolved = quantizers.resolve(settings)
         out = scratch / str(number)
         out.mkdir()
-        quantizers.quantize(base, resolved, CALIBRATION_TEXT, out, silent)
+        common = resolved.common
+        ids = calibrate.from_text(
+            base, CALIBRATION_TEXT, scratch / f"{number}-ids", samples=common.samples, seq_len=common.seq_len
+        )
+        quantizers.quantize(base, resolved, ids, out, silent)
         outcome = evaluate.evaluate(out, base, HELDOUT_TEXT, evaluate.resolve({}), scratch, silent)
         found[name] = float(outcome.metrics["kl_mean"]) * 1e3  # type: ignore[arg-type]
     return found

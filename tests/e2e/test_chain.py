@@ -17,6 +17,7 @@ Stage = Callable[[str], dict[str, Any]]
 def test_every_stage_makes_its_artifact(chain: Any, stage: Stage) -> None:
     kinds = {s["stage"]: (s["kind"], s["status"], s["cached"]) for s in chain.json["stages"]}
     assert kinds == {
+        "calibrate": ("calibration", "complete", False),
         "quantize": ("quantized-model", "complete", False),
         "compile": ("engine", "compiled", False),
         "compile-base": ("engine", "compiled", False),

@@ -73,7 +73,7 @@ def test_one_table_sets_the_quantized_model_beside_the_base(llmopt: Llmopt, demo
 def test_every_artifact_is_listed_with_what_it_took(llmopt: Llmopt, demo: tuple[str, ...]) -> None:
     ran = llmopt(*demo)
     listed = ran.out.partition("STAGE")[2].splitlines()[1:]
-    assert [line.split()[0] for line in listed] == ["quantize", "compile", "compile-base", "eval", "bench"]
+    assert [line.split()[0] for line in listed] == ["calibrate", "quantize", "compile", "compile-base", "eval", "bench"]
     assert all("sha256:" in line and line.endswith(" s") for line in listed)
     again = llmopt(*demo)
     assert all(line.endswith("cached") for line in again.out.partition("STAGE")[2].splitlines()[1:])
@@ -85,9 +85,10 @@ def test_json_of_a_run_is_that_of_its_engine_and_lists_all_stages(llmopt: Llmopt
     assert value["kind"] == "engine"
     assert value["pipeline"] == "demo"
     assert value["cached"] is False
-    assert [stage["stage"] for stage in value["stages"]] == ["quantize", "compile", "compile-base", "eval", "bench"]
+    names = ["calibrate", "quantize", "compile", "compile-base", "eval", "bench"]
+    assert [stage["stage"] for stage in value["stages"]] == names
     assert all(stage["artifact"] for stage in value["stages"])
-    assert value["artifact"] == value["stages"][1]["artifact"]
+    assert value["artifact"] == value["stages"][2]["artifact"]
     assert llmopt(*demo, "--json").json["cached"] is True
 
 
@@ -95,7 +96,7 @@ def test_a_dry_run_lists_what_is_to_do(llmopt: Llmopt, demo: tuple[str, ...], st
     before = llmopt(*demo, "--dry-run")
     assert before.code == 0
     assert "to do" in before.out.splitlines()[1]
-    assert "unknown until `quantize` has run" in before.out.splitlines()[2]
+    assert "unknown until `calibrate` has run" in before.out.splitlines()[2]
     assert not store.exists()
     llmopt(*demo)
     after = llmopt(*demo, "--dry-run")

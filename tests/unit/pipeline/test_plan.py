@@ -147,9 +147,10 @@ def test_a_dry_run_does_no_work_and_knows_what_it_cannot_know(
     run = plan.run(store, pipeline, silent, dry_run=True)
     assert no_work == []
     assert not store.root.exists()
-    quantize, compile_, evaluate = run.steps
-    assert quantize.key is not None
-    assert quantize.result is None
+    calibrate, quantize, compile_, evaluate = run.steps
+    assert calibrate.key is not None
+    assert calibrate.result is None
+    assert (quantize.key, quantize.waits_for) == (None, "calibrate")
     assert (compile_.key, compile_.waits_for) == (None, "quantize")
     assert (evaluate.key, evaluate.waits_for) == (None, "quantize")
 
@@ -187,8 +188,10 @@ def test_a_miss_is_explained_by_what_differs(
     file = write(SMALL)
     plan.run(store, plan.load(file, [f"model={tiny}"]), silent)
     run = plan.run(store, plan.load(file, [f"model={tiny}", "quantize.bits=3"]), silent, dry_run=True, why=True)
-    assert run.steps[0].differs == ("settings.bits: 4 -> 3",)
-    assert run.steps[0].to_json()["differs"] == ["settings.bits: 4 -> 3"]
+    quantize = run.step("quantize")
+    assert quantize is not None
+    assert quantize.differs == ("settings.bits: 4 -> 3",)
+    assert quantize.to_json()["differs"] == ["settings.bits: 4 -> 3"]
 
 
 def test_the_base_is_compiled_for_a_comparison(
@@ -197,7 +200,7 @@ def test_the_base_is_compiled_for_a_comparison(
     pipeline = plan.load(write(SMALL + "bench: {against: base}\n"), [f"model={tiny}"])
     assert pipeline.steps == ("quantize", "compile", "compile-base", "eval", "bench")
     run = plan.run(store, pipeline, silent)
-    assert [step.name for step in run.steps] == list(pipeline.steps)
+    assert [step.name for step in run.steps] == ["calibrate", *pipeline.steps]
     bench, base = run.step("bench"), run.step("compile-base")
     assert bench is not None
     assert base is not None
@@ -210,7 +213,9 @@ def test_progress_names_the_stage_that_speaks(
 ) -> None:
     from llmopt import quantizers
 
-    def work(model: Path, settings: object, calibration: Path, out: Path, progress: Progress, how: object) -> Outcome:
+    def work(
+        model: Path, settings: object, ids: Path, out: Path, progress: Progress, *_: object, **__: object
+    ) -> Outcome:
         progress("block 1/2")
         (out / "x").touch()
         return Outcome()
@@ -218,7 +223,7 @@ def test_progress_names_the_stage_that_speaks(
     monkeypatch.setattr(quantizers, "quantize", work)
     said: list[str] = []
     plan.run(store, plan.load(write("quantize: {samples: 2, seq_len: 16}\n"), [f"model={tiny}"]), said.append)
-    assert said == ["quantize: block 1/2"]
+    assert said == ["calibrate: 2 windows of 16 tokens", "quantize: block 1/2"]
 
 
 @pytest.mark.parametrize("name", ["demo", "exact", "int4-awq", "int4-gptq", "int8-smoothquant"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
 from llmopt.errors import BackendMissingError, SettingsError
 from llmopt.pipeline import inputs, stages
@@ -17,6 +18,13 @@ from llmopt.pipeline import inputs, stages
 
 def quantize_key(model: Path, **settings: Any) -> str:
     return stages.quantize(inputs.resolve(Store(model), str(model)), settings).action.key
+
+
+def calibrate_key(model: Path, **settings: Any) -> str:
+    store = Store(model)
+    source = stages.calibration_source(store, settings, silent)
+    assert source is not None
+    return stages.calibrate(inputs.resolve(store, str(model)), source, settings).action.key
 
 
 def compile_key(model: Path, **settings: Any) -> str:
@@ -54,6 +62,9 @@ def test_a_byte_of_the_model_is_in_the_key(tiny: Path, copy: Path, key: Callable
     ("key", "settings"),
     [
         (quantize_key, {"seed": 1}),
+        (calibrate_key, {"seed": 1}),
+        (calibrate_key, {"samples": 8}),
+        (calibrate_key, {"seq_len": 64}),
         (quantize_key, {"bits": 3}),
         (quantize_key, {"method": "awq"}),
         (quantize_key, {"act_order": False}),
@@ -74,7 +85,7 @@ def test_a_default_written_out_is_the_same_key(tiny: Path, key: Callable[..., st
     assert key(tiny, **settings) == key(tiny)
 
 
-@pytest.mark.parametrize(("key", "setting"), [(quantize_key, "calib"), (eval_key, "text")])
+@pytest.mark.parametrize(("key", "setting"), [(calibrate_key, "calib"), (eval_key, "text")])
 def test_the_text_is_in_the_key_and_its_name_is_not(
     tiny: Path, tmp_path: Path, key: Callable[..., str], setting: str
 ) -> None:

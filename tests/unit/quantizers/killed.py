@@ -1,6 +1,6 @@
 """Quantize in children that are killed (SIGKILL) at random times, each going on from the last; run by test_resume.py.
 
-Arguments: model, text, store, settings as JSON, seed, kills, seconds that an undisturbed run takes. Prints JSON.
+Arguments: model, calibration set, store, settings as JSON, seed, kills, seconds that an undisturbed run takes. Prints JSON.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llmopt.pipeline import runner
 from llmopt.quantizers import driver  # noqa: F401  # before the fork: not once a child
 
 
-def stage(model: Path, text: Path, settings: dict[str, Any]) -> runner.Stage:
+def stage(model: Path, calibration: Path, settings: dict[str, Any]) -> runner.Stage:
     """As pipeline.stages.quantize, but so that activations are saved after every block or never."""
     execution = quantizers.Execution(bfloat16=settings.pop("bfloat16"), save_after_s=settings.pop("save_after_s"))
     resolved = quantizers.resolve(settings)
 
     def work(out: Path, progress: Progress) -> Outcome:
-        return quantizers.quantize(model, resolved, text, out, progress, execution)
+        return quantizers.quantize(model, resolved, calibration, out, progress, execution)
 
     action = Action(
         op="quantize",
@@ -47,9 +47,9 @@ def stage(model: Path, text: Path, settings: dict[str, Any]) -> runner.Stage:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model, text, root, settings, seed, kills, seconds = sys.argv[1:]
+    model, calibration, root, settings, seed, kills, seconds = sys.argv[1:]
     draw, killed, went_on, ids = random.Random(int(seed)), 0, 0, []
-    work = stage(Path(model), Path(text), json.loads(settings))
+    work = stage(Path(model), Path(calibration), json.loads(settings))
     for attempt in itertools.count():
         store = Store(Path(root) / str(attempt))
         while True:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmopt import evaluate, quantizers
+from llmopt import calibrate, evaluate, quantizers
 from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats.reading import open_quantized
@@ -31,9 +31,16 @@ W8A8 = {"bits": 8, "group_size": -1}
 
 def quantize(model: Path, text: Path, out: Path, **settings: Any) -> Outcome:
     resolved = quantizers.resolve({**SMALL, **settings})
-    quantizers.check(model, resolved, text)
+    ids = calibration_set(model, text, out.with_name(f"{out.name}-ids"), resolved)
+    quantizers.check(model, resolved, ids)
     out.mkdir(parents=True)
-    return quantizers.quantize(model, resolved, text, out, silent)
+    return quantizers.quantize(model, resolved, ids, out, silent)
+
+
+def calibration_set(model: Path, text: Path, folder: Path, settings: quantizers.QuantizeSettings) -> Path:
+    """What `llmopt quantize` makes of a text before it quantizes."""
+    common = settings.common
+    return calibrate.from_text(model, text, folder, samples=common.samples, seq_len=common.seq_len, seed=common.seed)
 
 
 def digest(folder: Path) -> str:
@@ -180,7 +187,8 @@ def test_folding_scales_changes_no_logits(
     checkpoint = Checkpoint.open(model)
     config = DecoderConfig.read(checkpoint)
     settings = quantizers.resolve({"method": method, **SMALL})
-    tokens = preflight.calibration_windows(model, settings, config, text)
+    ids = calibration_set(model, text, tmp_path / "ids", settings)
+    tokens = preflight.calibration_windows(settings, config, ids)
     with torch.no_grad(), Workers() as workers:
         driver = driver_module.Driver(checkpoint, config, settings, tokens, workers, silent, quantizers.Execution())
         block = driver_module.load_block(checkpoint, config, None, 0)
@@ -254,15 +262,10 @@ def test_weights_that_are_not_finite_are_found_before_work(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = bad
     save_file(tensors, folder / "model.safetensors")
+    settings = quantizers.resolve({**SMALL})
+    ids = calibration_set(folder, text, tmp_path / "ids", settings)
     with pytest.raises(LlmoptError, match=r"`model.layers.1.mlp.down_proj.weight` holds values that are not finite"):
-        quantizers.check(folder, quantizers.resolve({**SMALL}), text)
-
-
-def test_a_short_text_says_how_much_it_holds(tiny: Path, tmp_path: Path) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("a few words only " * 10)
-    with pytest.raises(LlmoptError, match=r"calibration text is too short: \d+ tokens make \d+ windows of 64, not 8"):
-        quantizers.check(tiny, quantizers.resolve({**SMALL}), short)
+        quantizers.check(folder, settings, ids)
 
 
 def test_a_sequence_longer_than_the_model_is_refused(tiny: Path, text: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmopt import quantizers
+from llmopt import calibrate, quantizers
 from llmopt.artifacts.outcome import silent
 from llmopt.quantizers.execution import DEFAULT, Execution
 from llmopt.quantizers.journal import Journal
@@ -40,7 +40,10 @@ def digest(folder: Path) -> str:
 
 def run(model: Path, text: Path, out: Path, settings: dict[str, Any], execution: Execution = DEFAULT) -> str:
     out.mkdir(parents=True, exist_ok=True)
-    quantizers.quantize(model, quantizers.resolve({**SMALL, **settings}), text, out, silent, execution)
+    resolved, ids = quantizers.resolve({**SMALL, **settings}), out.with_name(f"{out.name}-ids")
+    if not ids.exists():
+        calibrate.from_text(model, text, ids, samples=SMALL["samples"], seq_len=SMALL["seq_len"], seed=0)
+    quantizers.quantize(model, resolved, ids, out, silent, execution)
     return digest(out)
 
 
@@ -98,8 +101,10 @@ def test_killed_at_random_times_it_ends_with_the_same_artifact(
 ) -> None:
     settings = json.dumps({**SMALL, "bfloat16": False, "save_after_s": save_after_s})
 
+    ids = calibrate.from_text(model, text, tmp_path / "ids", samples=8, seq_len=64, seed=0)
+
     def go(store: Path, kills: int, seconds: float) -> dict[str, Any]:
-        command = [sys.executable, KILLED, model, text, store, settings, str(seed), str(kills), str(seconds)]
+        command = [sys.executable, KILLED, model, ids, store, settings, str(seed), str(kills), str(seconds)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]

@@ -8,32 +8,28 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmopt.errors import LlmoptError
-from llmopt.serve.folder import read_json
+from llmopt.models.companions import read_json
 
 
 class TemplateRefusedError(Exception):
     """The template does not accept these messages (a role out of order, say); the text is the template's own."""
 
 
-class ChatTemplate:
-    """The compiled template of an engine folder."""
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """A template as text, with the special tokens that it may name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        from jinja2 import TemplateError
-
-        try:
-            self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise LlmoptError(f"the chat template cannot be read: {error}") from None
-        self._special_tokens = special_tokens
+    text: str
+    special_tokens: Mapping[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> ChatTemplate | None:
-        """From chat_template.jinja or else tokenizer_config.json; None for a model without one."""
+    def read(cls, folder: Path) -> TemplateSource | None:
+        """From chat_template.jinja or else tokenizer_config.json; None for a model without one. Loads no jinja2."""
         config = read_json(folder / "tokenizer_config.json")
         file = folder / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
@@ -44,18 +40,42 @@ class ChatTemplate:
         tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         return cls(source, {name: text for name, text in tokens.items() if text is not None})
 
-    def render(self, messages: Sequence[Mapping[str, str]], extra: Mapping[str, Any]) -> str:
-        """The prompt up to where the assistant's answer begins. `extra` are variables that the template may read."""
+
+class ChatTemplate:
+    """A compiled template. `today` is the day that it believes it is, by default the real one."""
+
+    def __init__(self, source: TemplateSource, *, today: datetime.datetime | None = None) -> None:
         from jinja2 import TemplateError
 
-        ours = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            self._template = _environment(today).from_string(source.text)
+        except TemplateError as error:
+            raise LlmoptError(f"the chat template cannot be read: {error}") from None
+        self._special_tokens = source.special_tokens
+
+    @classmethod
+    def read(cls, folder: Path) -> ChatTemplate | None:
+        """That of a model's or an engine's folder; None without one."""
+        source = TemplateSource.read(folder)
+        return None if source is None else cls(source)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], *, generation_prompt: bool = True
+    ) -> str:
+        """The messages as text, up to where the assistant's answer begins unless `generation_prompt` is false.
+
+        `extra` are variables that the template may read.
+        """
+        from jinja2 import TemplateError
+
+        ours = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation_prompt}
         try:
             return str(self._template.render({**self._special_tokens, **extra, **ours}))
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise TemplateRefusedError(str(error)) from None
 
 
-def _environment() -> Any:
+def _environment(today: datetime.datetime | None) -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -78,7 +98,7 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
-    strftime: Callable[[str], str] = lambda format_: datetime.datetime.now().strftime(format_)  # noqa: E731
+    strftime: Callable[[str], str] = lambda format_: (today or datetime.datetime.now()).strftime(format_)  # noqa: E731
     environment.globals["strftime_now"] = strftime
     return environment
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmopt.errors import LlmoptError
-from llmopt.serve.chat import ChatTemplate, TemplateRefusedError
+from llmopt.models.chat import ChatTemplate, TemplateRefusedError
 
 LLAMA_LIKE = """
 {%- for message in messages %}
@@ -35,10 +35,10 @@ def folder_with(tmp_path: Path, config: dict[str, Any], template: str | None = N
 
 
 @pytest.mark.parametrize("extra", [{}, {"think": True}])
-def test_the_prompt_is_what_transformers_renders(checkpoint: Path, tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_the_prompt_is_what_transformers_renders(tiny: Path, tmp_path: Path, extra: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, bos_token="<|user|>")
+    tokenizer = AutoTokenizer.from_pretrained(tiny, bos_token="<|user|>", eos_token="<|end|>")
     expected = tokenizer.apply_chat_template(
         MESSAGES, chat_template=LLAMA_LIKE, tokenize=False, add_generation_prompt=True, **extra
     )
