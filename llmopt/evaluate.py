@@ -7,11 +7,13 @@ nats, averaged over all positions of all windows; perplexity is over the same po
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmopt import memory
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.profiles.settings import build
@@ -92,8 +94,9 @@ def evaluate(
     loaded = [open_model(path) for path in (model, base) if path is not None]
     tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))
     with torch.no_grad(), Workers() as workers:
+        steps = _Steps(progress, sum(each.config.layers for each in loaded))
         hidden = [
-            _hidden_states(each, tokens, workers, lambda line, role=role: progress(f"{role}, {line}"))  # type: ignore[misc]
+            _hidden_states(each, tokens, workers, steps.of(role, each.config))
             for role, each in zip(("model", "base"), loaded, strict=False)
         ]
         metrics = _compare(loaded, hidden, tokens, workers)
@@ -101,7 +104,38 @@ def evaluate(
     return Outcome(metrics=metrics)
 
 
-def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progress: Progress) -> list[torch.Tensor]:
+@dataclass(slots=True)
+class _Steps:
+    """Says which block of which model is done, and counts those of all models together."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def of(self, role: str, config: DecoderConfig) -> Callable[[int], None]:
+        """What a walk over the blocks of one model calls with the number of each, once that is done."""
+
+        def say(index: int) -> None:
+            now = time.monotonic()
+            self.done, seconds, self.began = self.done + 1, now - self.began, now
+            self.progress(
+                f"{role}, block {index + 1}/{config.layers}",
+                stage="eval",
+                model=role,
+                block=config.block(index),
+                done=self.done,
+                total=self.total,
+                seconds=round(seconds, 3),
+                **memory.usage(),
+            )
+
+        return say
+
+
+def _hidden_states(
+    model: Source, tokens: torch.Tensor, workers: Workers, finished: Callable[[int], None]
+) -> list[torch.Tensor]:
     """The final norm's outputs, one [T, H] a window."""
     import torch
 
@@ -117,7 +151,7 @@ def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progre
         block = load_block(checkpoint, config, model.reader, index)
         batches = list(workers.map(lambda x, block=block: block.forward(x, rotary), batches))  # type: ignore[misc]
         checkpoint.release()
-        progress(f"block {index + 1}/{config.layers}")
+        finished(index)
     norm = load_float(checkpoint, f"{config.family.final_norm}.weight")
     return [window for x in batches for window in rms_norm(x, norm, config.norm_eps)]
 

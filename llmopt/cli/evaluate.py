@@ -25,6 +25,7 @@ def evaluate(
     name: opt.Name = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -32,7 +33,7 @@ def evaluate(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     base = None if against is None else inputs.resolve(session.store, against)
     settings = opt.settings(profile, "eval", text=text, windows=windows, seq_len=seq_len)

@@ -56,6 +56,7 @@ def quantize(
     name: opt.Name = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -66,7 +67,7 @@ def quantize(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     source = inputs.resolve(session.store, model)
     settings = opt.settings(

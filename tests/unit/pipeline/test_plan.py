@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.artifacts.outcome import Outcome, Progress, silent
+from llmopt.artifacts.outcome import Json, Outcome, Progress, silent
 from llmopt.artifacts.store import Store
 from llmopt.errors import Exit, LlmoptError
 from llmopt.pipeline import plan
@@ -211,14 +211,18 @@ def test_progress_names_the_stage_that_speaks(
     from llmopt import quantizers
 
     def work(model: Path, settings: object, calibration: Path, out: Path, progress: Progress) -> Outcome:
-        progress("block 1/2")
+        progress("block 1/2", done=1)
         (out / "x").touch()
         return Outcome()
 
     monkeypatch.setattr(quantizers, "quantize", work)
-    said: list[str] = []
-    plan.run(store, plan.load(write("quantize: {samples: 2, seq_len: 16}\n"), [f"model={tiny}"]), said.append)
-    assert said == ["quantize: block 1/2"]
+    said: list[tuple[str, dict[str, Json]]] = []
+
+    def hear(line: str, /, **facts: Json) -> None:
+        said.append((line, facts))
+
+    plan.run(store, plan.load(write("quantize: {samples: 2, seq_len: 16}\n"), [f"model={tiny}"]), hear)
+    assert said == [("quantize: block 1/2", {"step": "quantize", "done": 1})]
 
 
 @pytest.mark.parametrize("name", ["demo", "exact", "int4-awq", "int4-gptq", "int8-smoothquant"])
