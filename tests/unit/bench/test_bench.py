@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.artifacts.outcome import Outcome
+from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.bench import Subject, measure, resolve
 from llmopt.errors import Exit, LlmoptError, MeasurementInvalidError
 
@@ -27,8 +27,7 @@ QUICK = {"concurrency": [1, 3], "requests": 6, "output_tokens": 8, "prompt_token
 
 
 def bench_url(url: str, out: Path, **options: Any) -> Outcome:
-    said: list[str] = []
-    return measure({"candidate": Subject(name="candidate", url=url)}, resolve({**QUICK, **options}), out, said.append)
+    return measure({"candidate": Subject(name="candidate", url=url)}, resolve({**QUICK, **options}), out, silent)
 
 
 def report_in(out: Path) -> dict[str, Any]:
@@ -119,10 +118,17 @@ def test_rounds_take_the_subjects_in_random_order_by_the_seed(truth: Any, tmp_pa
     subjects = {name: Subject(name=name, url=truth.url()) for name in ("candidate", "baseline")}
     orders = []
     for seed in (0, 0, 7):
-        said: list[str] = []
+        said: list[dict[str, Any]] = []
+
+        def hear(line: str, /, said: list[dict[str, Any]] = said, **facts: Any) -> None:
+            said.append({"line": line, **facts})
+
         settings = resolve({**QUICK, "concurrency": 1, "requests": 1, "warmup": 0, "rounds": 8, "seed": seed})
-        measure(subjects, settings, tmp_path / str(len(orders)), said.append)
-        orders.append([line.split()[0] for line in said if " c1: " in line])
+        measure(subjects, settings, tmp_path / str(len(orders)), hear)
+        levels = [facts for facts in said if "done" in facts]
+        assert [(facts["done"], facts["total"]) for facts in levels] == [(n, 16) for n in range(1, 17)]
+        assert [facts["round"] for facts in levels] == [n // 2 for n in range(16)]
+        orders.append([facts["subject"] for facts in levels])
     assert orders[0] == orders[1] != orders[2]
     assert len({tuple(orders[0][i : i + 2]) for i in range(0, 16, 2)}) == 2
 
