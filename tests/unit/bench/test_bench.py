@@ -86,7 +86,7 @@ def test_an_engine_is_served_for_the_measurement_only(
 ) -> None:
     out = tmp_path / "report"
     subject = Subject(name="candidate", engine=make_engine("gap=1"), artifact="sha256:ab")
-    outcome = measure({"candidate": subject}, resolve(QUICK), out, print, command=fake_serve)
+    outcome = measure({"candidate": subject}, resolve(QUICK), out, silent, command=fake_serve)
     assert "candidate" in outcome.metrics
     assert report_in(out)["subjects"]["candidate"] == {"model": "truth", "engine": "engine", "artifact": "sha256:ab"}
     (pid,) = pids_in(out / "server-candidate.log")
@@ -100,7 +100,7 @@ def test_two_subjects_get_the_same_prompts_in_every_round_and_a_ratio(
     subjects = {"candidate": Subject(name="candidate", url=slow), "baseline": Subject(name="baseline", url=quick)}
     seen = len(truth.log())
     settings = resolve({**QUICK, "concurrency": 2, "requests": 4, "rounds": 3, "seed": 1})
-    outcome = measure(subjects, settings, tmp_path, print)
+    outcome = measure(subjects, settings, tmp_path, silent)
     stints = [entry["prompt"] for entry in truth.log()[seen:]]
     rounds = [stints[i * 10 : i * 10 + 10] for i in range(3)]  # two subjects, a warm-up and four requests
     for prompts in rounds:
@@ -139,7 +139,7 @@ def test_prompts_are_exact_and_the_server_s_count_is_checked(truth: Any, tokeniz
     for counted, notes in ((16, 0), (17, 2)):
         seen = len(truth.log())
         subject = Subject(name="candidate", url=truth.url(f"prompt_tokens={counted}"), tokenizer=tokenizer_file)
-        outcome = measure({"candidate": subject}, resolve(QUICK), tmp_path / str(counted), print)
+        outcome = measure({"candidate": subject}, resolve(QUICK), tmp_path / str(counted), silent)
         sent = [entry["prompt"] for entry in truth.log()[seen:]]
         assert {len(load_tokenizer(tokenizer_file).encode(prompt).ids) for prompt in sent} == {16}
         assert str(outcome.events).count("count another length of the prompt than 16 tokens: 17") == notes
@@ -178,7 +178,7 @@ def test_a_server_that_dies_under_load_is_an_invalid_measurement(
     out = tmp_path / "report"
     subject = Subject(name="candidate", engine=make_engine("die=5,gap=1"))
     with pytest.raises(MeasurementInvalidError, match=r"`candidate` died under load \(killed by SIGKILL\)") as caught:
-        measure({"candidate": subject}, resolve({**QUICK, "warmup": 0}), out, print, command=fake_serve)
+        measure({"candidate": subject}, resolve({**QUICK, "warmup": 0}), out, silent, command=fake_serve)
     assert caught.value.code is Exit.MEASUREMENT_INVALID
     assert "fatal: the device is gone" in (caught.value.hint or "")
     report = report_in(out)
@@ -194,13 +194,13 @@ def test_a_server_that_dies_in_the_warm_up_is_found_too(
 ) -> None:
     subject = Subject(name="candidate", engine=make_engine("die=5"))
     with pytest.raises(MeasurementInvalidError, match="died under load"):
-        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", print, command=fake_serve)
+        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", silent, command=fake_serve)
 
 
 def test_a_server_that_cannot_start_is_an_error(make_engine: MakeEngine, fake_serve: Command, tmp_path: Path) -> None:
     subject = Subject(name="candidate", engine=make_engine("broken"))
     with pytest.raises(LlmoptError, match="did not start") as caught:
-        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", print, command=fake_serve)
+        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", silent, command=fake_serve)
     assert caught.value.code is Exit.ERROR
     assert "no such device: NPU" in (caught.value.hint or "")
 
@@ -316,7 +316,7 @@ from pathlib import Path
 from llmopt.bench import Subject, measure, resolve
 subject = Subject(name="candidate", engine=Path({str(engine)!r}))
 settings = resolve({{**{QUICK!r}, "concurrency": [1, 2, 3, 4, 5, 6], "requests": None, "duration_s": 1.0}})
-measure({{"candidate": subject}}, settings, Path({str(out)!r}), lambda line: print(line, flush=True),
+measure({{"candidate": subject}}, settings, Path({str(out)!r}), lambda line, **facts: print(line, flush=True),
         command=lambda _: {fake_serve(engine)!r})
 """
     with subprocess.Popen(
@@ -341,9 +341,10 @@ import sys
 from pathlib import Path
 import llmopt.bench
 assert "asyncio" not in sys.modules
+from llmopt.artifacts.outcome import silent
 from llmopt.bench import Subject, measure, resolve
 subject = Subject(name="candidate", url={truth.url()!r})
-measure({{"candidate": subject}}, resolve({QUICK!r}), Path({str(tmp_path)!r}), lambda line: None)
+measure({{"candidate": subject}}, resolve({QUICK!r}), Path({str(tmp_path)!r}), silent)
 heavy = {{"torch", "transformers", "httpx", "numpy", "openvino", "rich", "tokenizers"}} & set(sys.modules)
 assert not heavy, heavy
 """
