@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt import memory
-from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt import backends, harness, memory
+from llmopt.artifacts.outcome import Outcome, Progress, within
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.profiles.settings import build
 
@@ -33,8 +33,13 @@ _HEAD_TOKENS = 512  # logits held at once: 512 x 128k entries of float32 are 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
+    """What to measure. `tasks` of lm-evaluation-harness, with `limit` documents each and `fewshot` examples."""
+
     windows: int = 64
     seq_len: int = 512
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    fewshot: int | None = None
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.seq_len < 2:
@@ -42,19 +47,29 @@ class EvalSettings:
                 f"cannot evaluate {self.windows} windows of {self.seq_len} tokens",
                 hint="at least 1 window of 2 tokens",
             )
+        for name, least in (("limit", 1), ("fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise SettingsError(f"`{name}` is for tasks, and there are none", hint="name them: `tasks: [arc_easy]`")
+            if value is not None and value < least:
+                raise SettingsError(f"`{name}` cannot be {value}", hint=f"use {least} or more")
 
 
 def resolve(settings: Mapping[str, Any]) -> EvalSettings:
-    return build(EvalSettings, settings, where="eval")
+    """SettingsError for what cannot be; BackendMissingError for tasks without lm-evaluation-harness."""
+    resolved = build(EvalSettings, settings, where="eval")
+    if resolved.tasks:
+        backends.require("lm_eval", extra=harness.EXTRA)
+    return resolved
 
 
 def deps(settings: EvalSettings) -> tuple[str, ...]:
     """The distributions whose versions may change the figures."""
-    return ("numpy", "tokenizers", "torch")
+    return ("numpy", "tokenizers", "torch") + (harness.DISTRIBUTIONS if settings.tasks else ())
 
 
-def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) -> None:
-    """Everything that can be found wrong before the work."""
+def check(model: Path, base: Path | None, text: Path, settings: EvalSettings, *, tasks: Path | None = None) -> None:
+    """Everything that can be found wrong before the work; `tasks` is a folder of tasks of the user's own."""
     from llmopt.formats.reading import open_model
 
     config = open_model(model).config
@@ -66,6 +81,8 @@ def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) ->
                 hint="a model can only be compared with the checkpoint it was made from",
             )
     evaluation_windows(model, text, settings, config)
+    if settings.tasks:
+        harness.check(_questions(settings, tasks))
 
 
 def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: DecoderConfig) -> np.ndarray:
@@ -82,9 +99,16 @@ def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: 
 
 
 def evaluate(
-    model: Path, base: Path | None, text: Path, settings: EvalSettings, out: Path, progress: Progress
+    model: Path,
+    base: Path | None,
+    text: Path,
+    settings: EvalSettings,
+    out: Path,
+    progress: Progress,
+    *,
+    tasks: Path | None = None,
 ) -> Outcome:
-    """Write eval.json to `out`. Without a base, only the model's own perplexity is measured."""
+    """Write eval.json to `out`. Without a base, only the model's own perplexity and tasks are measured."""
     import torch
 
     from llmopt.formats.reading import open_model
@@ -100,6 +124,13 @@ def evaluate(
             for role, each in zip(("model", "base"), loaded, strict=False)
         ]
         metrics = _compare(loaded, hidden, tokens, workers)
+        del hidden
+        for role, each in zip(("", "base_"), loaded, strict=False) if settings.tasks else ():
+            said = within(progress, f"{role.rstrip('_') or 'model'}, tasks", stage=f"{role}tasks")
+            results = harness.ask(answerer(each, workers, said), _questions(settings, tasks))
+            for name, figure in harness.figures(results).items():
+                task, _, metric = name.partition("/")
+                metrics[f"{task}/{role}{metric}"] = _rounded(figure)
     write_json(out / "eval.json", metrics)
     return Outcome(metrics=metrics)
 
@@ -199,6 +230,30 @@ def _compare_window(hidden: list[torch.Tensor], heads: list[torch.Tensor], ids: 
             found.append((own.argmax(dim=-1) == base.argmax(dim=-1)).float())
         parts.append(found)
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _questions(settings: EvalSettings, folder: Path | None) -> harness.Questions:
+    return harness.Questions(tasks=settings.tasks, folder=folder, limit=settings.limit, fewshot=settings.fewshot)
+
+
+def answerer(model: Source, workers: Workers, progress: Progress) -> harness.Answerer:
+    """The model as the harness asks it; gradients must be off."""
+    import torch
+
+    from llmopt.formats.dequantized import load_head
+
+    config = model.config
+    head = load_head(model.checkpoint, config, model.reader)
+    return harness.Answerer(
+        folder=model.checkpoint.path,
+        positions=config.max_positions,
+        hidden_size=config.hidden_size,
+        blocks=[config.block(index) for index in range(config.layers)],
+        hidden=lambda ids, finished: _hidden_states(model, ids, workers, finished),
+        log_probs=lambda states: torch.log_softmax(states @ head.T, dim=-1),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _rounded(value: float) -> float:

@@ -47,6 +47,7 @@ class Console:
         self.as_lines = as_lines
         self.quiet = quiet
         self.verbose = verbose
+        self._out = sys.stdout  # as it is now: a stage may hide it from a library that prints
         self._start = time.monotonic()
         self._pace = _Pace(None)
         self._bar: Bar | None = None
@@ -76,7 +77,7 @@ class Console:
         elif self.as_json:
             self._print_json(value)
         else:
-            print(text, flush=True)
+            print(text, file=self._out, flush=True)
 
     def error(self, error: LlmoptError) -> None:
         self.close()
@@ -125,7 +126,7 @@ class Console:
             print(stamp + line, file=sys.stderr, flush=True)
 
     def _print_json(self, value: Mapping[str, Any]) -> None:
-        print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+        print(json.dumps(value, ensure_ascii=False, default=str), file=self._out, flush=True)
 
 
 def _is_terminal() -> bool:

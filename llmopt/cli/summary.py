@@ -104,6 +104,11 @@ def _evaluation(metrics: Mapping[str, Any], quantized: bool) -> Iterator[list[st
     ):
         if name in metrics:
             yield [label, "", show(metrics[name]), ""]
+    for name, figure in metrics.items():
+        task, slash, metric = name.partition("/")
+        if slash and not metric.startswith("base_") and "_stderr" not in metric:
+            pair = (metrics.get(f"{task}/base_{metric}"), figure) if quantized else (figure, None)
+            yield from _row(name, "{:.4f}".format, *pair)
 
 
 def _load(metrics: Mapping[str, Any], base: str, other: str) -> Iterator[list[str]]:

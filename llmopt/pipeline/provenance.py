@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parents[1]
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "quantize": ("quantizers", "formats", "models"),
     "compile": ("compilers", "formats", "models"),
-    "eval": ("evaluate", "formats", "models"),
+    "eval": ("evaluate", "harness", "formats", "models"),
     "bench": ("bench", "serve"),
 }
 

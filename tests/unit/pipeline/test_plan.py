@@ -44,7 +44,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(quantizers, "quantize", instead("quantize"))
     monkeypatch.setattr(compilers, "check", lambda model, settings: None)
     monkeypatch.setattr(compilers, "compile_model", instead("compile", "compiled"))
-    monkeypatch.setattr(evaluate, "check", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "check", lambda *_, **__: None)
     monkeypatch.setattr(evaluate, "evaluate", instead("eval"))
     monkeypatch.setattr(bench, "check", lambda subjects, settings: None)
     monkeypatch.setattr(bench, "measure", instead("bench"))
