@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
 from llmopt.errors import BackendMissingError
 
 _TELEMETRY = "openvino_telemetry"
+
+
+def require(module: str, *, extra: str) -> None:
+    """BackendMissingError unless the top-level `module` is installed. Does not import it."""
+    if importlib.util.find_spec(module) is None:
+        raise BackendMissingError(f"`{module}` is not installed", hint=f"pip install 'llmopt[{extra}]'")
 
 
 def load(module: str, *, extra: str = "openvino") -> ModuleType:

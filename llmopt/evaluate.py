@@ -7,12 +7,14 @@ nats, averaged over all positions of all windows; perplexity is over the same po
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt import backends, harness, memory
+from llmopt.artifacts.outcome import Outcome, Progress, within
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.profiles.settings import build
 
@@ -31,8 +33,13 @@ _HEAD_TOKENS = 512  # logits held at once: 512 x 128k entries of float32 are 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSettings:
+    """What to measure. `tasks` of lm-evaluation-harness, with `limit` documents each and `fewshot` examples."""
+
     windows: int = 64
     seq_len: int = 512
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    fewshot: int | None = None
 
     def __post_init__(self) -> None:
         if self.windows < 1 or self.seq_len < 2:
@@ -40,19 +47,29 @@ class EvalSettings:
                 f"cannot evaluate {self.windows} windows of {self.seq_len} tokens",
                 hint="at least 1 window of 2 tokens",
             )
+        for name, least in (("limit", 1), ("fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise SettingsError(f"`{name}` is for tasks, and there are none", hint="name them: `tasks: [arc_easy]`")
+            if value is not None and value < least:
+                raise SettingsError(f"`{name}` cannot be {value}", hint=f"use {least} or more")
 
 
 def resolve(settings: Mapping[str, Any]) -> EvalSettings:
-    return build(EvalSettings, settings, where="eval")
+    """SettingsError for what cannot be; BackendMissingError for tasks without lm-evaluation-harness."""
+    resolved = build(EvalSettings, settings, where="eval")
+    if resolved.tasks:
+        backends.require("lm_eval", extra=harness.EXTRA)
+    return resolved
 
 
 def deps(settings: EvalSettings) -> tuple[str, ...]:
     """The distributions whose versions may change the figures."""
-    return ("numpy", "tokenizers", "torch")
+    return ("numpy", "tokenizers", "torch") + (harness.DISTRIBUTIONS if settings.tasks else ())
 
 
-def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) -> None:
-    """Everything that can be found wrong before the work."""
+def check(model: Path, base: Path | None, text: Path, settings: EvalSettings, *, tasks: Path | None = None) -> None:
+    """Everything that can be found wrong before the work; `tasks` is a folder of tasks of the user's own."""
     from llmopt.formats.reading import open_model
 
     config = open_model(model).config
@@ -64,6 +81,8 @@ def check(model: Path, base: Path | None, text: Path, settings: EvalSettings) ->
                 hint="a model can only be compared with the checkpoint it was made from",
             )
     evaluation_windows(model, text, settings, config)
+    if settings.tasks:
+        harness.check(_questions(settings, tasks))
 
 
 def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: DecoderConfig) -> np.ndarray:
@@ -80,9 +99,16 @@ def evaluation_windows(model: Path, text: Path, settings: EvalSettings, config: 
 
 
 def evaluate(
-    model: Path, base: Path | None, text: Path, settings: EvalSettings, out: Path, progress: Progress
+    model: Path,
+    base: Path | None,
+    text: Path,
+    settings: EvalSettings,
+    out: Path,
+    progress: Progress,
+    *,
+    tasks: Path | None = None,
 ) -> Outcome:
-    """Write eval.json to `out`. Without a base, only the model's own perplexity is measured."""
+    """Write eval.json to `out`. Without a base, only the model's own perplexity and tasks are measured."""
     import torch
 
     from llmopt.formats.reading import open_model
@@ -92,16 +118,55 @@ def evaluate(
     loaded = [open_model(path) for path in (model, base) if path is not None]
     tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))
     with torch.no_grad(), Workers() as workers:
+        steps = _Steps(progress, sum(each.config.layers for each in loaded))
         hidden = [
-            _hidden_states(each, tokens, workers, lambda line, role=role: progress(f"{role}, {line}"))  # type: ignore[misc]
+            _hidden_states(each, tokens, workers, steps.of(role, each.config))
             for role, each in zip(("model", "base"), loaded, strict=False)
         ]
         metrics = _compare(loaded, hidden, tokens, workers)
+        del hidden
+        for role, each in zip(("", "base_"), loaded, strict=False) if settings.tasks else ():
+            said = within(progress, f"{role.rstrip('_') or 'model'}, tasks", stage=f"{role}tasks")
+            results = harness.ask(answerer(each, workers, said), _questions(settings, tasks))
+            for name, figure in harness.figures(results).items():
+                task, _, metric = name.partition("/")
+                metrics[f"{task}/{role}{metric}"] = _rounded(figure)
     write_json(out / "eval.json", metrics)
     return Outcome(metrics=metrics)
 
 
-def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progress: Progress) -> list[torch.Tensor]:
+@dataclass(slots=True)
+class _Steps:
+    """Says which block of which model is done, and counts those of all models together."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def of(self, role: str, config: DecoderConfig) -> Callable[[int], None]:
+        """What a walk over the blocks of one model calls with the number of each, once that is done."""
+
+        def say(index: int) -> None:
+            now = time.monotonic()
+            self.done, seconds, self.began = self.done + 1, now - self.began, now
+            self.progress(
+                f"{role}, block {index + 1}/{config.layers}",
+                stage="eval",
+                model=role,
+                block=config.block(index),
+                done=self.done,
+                total=self.total,
+                seconds=round(seconds, 3),
+                **memory.usage(),
+            )
+
+        return say
+
+
+def _hidden_states(
+    model: Source, tokens: torch.Tensor, workers: Workers, finished: Callable[[int], None]
+) -> list[torch.Tensor]:
     """The final norm's outputs, one [T, H] a window."""
     import torch
 
@@ -116,7 +181,7 @@ def _hidden_states(model: Source, tokens: torch.Tensor, workers: Workers, progre
         block = load_block(checkpoint, config, model.reader, index)
         batches = list(workers.map(lambda x, block=block: block.forward(x, tables), batches))  # type: ignore[misc]
         checkpoint.release()
-        progress(f"block {index + 1}/{config.layers}")
+        finished(index)
     norm = final_norm(checkpoint, config)
     return [window for x in batches for window in norm(x)]
 
@@ -170,6 +235,30 @@ def _compare_window(
             found.append((own.argmax(dim=-1) == base.argmax(dim=-1)).float())
         parts.append(found)
     return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _questions(settings: EvalSettings, folder: Path | None) -> harness.Questions:
+    return harness.Questions(tasks=settings.tasks, folder=folder, limit=settings.limit, fewshot=settings.fewshot)
+
+
+def answerer(model: Source, workers: Workers, progress: Progress) -> harness.Answerer:
+    """The model as the harness asks it; gradients must be off."""
+    import torch
+
+    from llmopt.formats.dequantized import load_head
+
+    config = model.config
+    head = load_head(model.checkpoint, config, model.reader)
+    return harness.Answerer(
+        folder=model.checkpoint.path,
+        positions=config.max_positions,
+        hidden_size=config.hidden_size,
+        blocks=[config.block(index) for index in range(config.layers)],
+        hidden=lambda ids, finished: _hidden_states(model, ids, workers, finished),
+        log_probs=lambda states: torch.log_softmax(states @ head.T, dim=-1),
+        workers=workers,
+        progress=progress,
+    )
 
 
 def _rounded(value: float) -> float:

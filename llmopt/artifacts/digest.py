@@ -53,6 +53,20 @@ def describe(path: Path, kind: str, *, only: Iterable[str] | None = None) -> Man
     raise LlmoptError(f"no file or folder at `{path}`", hint="check the path")
 
 
+def describe_all(folder: Path, kind: str) -> Manifest:
+    """The manifest of all that is in a folder and in those below it, but for hidden files and Python's own caches."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+    )
+    try:
+        return Manifest(kind=kind, files=tuple(_entry(path, path.relative_to(folder).as_posix()) for path in paths))
+    except OSError as error:
+        raise LlmoptError(f"`{error.filename or folder}` cannot be read: {error.strerror}") from error
+
+
 def faults(
     folder: Path, files: Iterable[FileEntry], same: Callable[[Path, FileEntry], bool]
 ) -> tuple[list[str], list[FileEntry]]:

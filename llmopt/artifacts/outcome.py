@@ -1,15 +1,23 @@
-"""What a stage hands back to the runner, beside the files it wrote."""
+"""What a stage hands back to the runner, beside the files it wrote, and what it says on its way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-#: Called with one short line whenever a stage has something to say; the command decides where it goes.
-Progress: TypeAlias = Callable[[str], None]
+
+class Progress(Protocol):
+    """Called with one short line whenever a stage has something to say; the command decides where it goes.
+
+    The same as facts, for machines and for a progress bar: `stage`; `done` of `total` steps, and the `seconds` this
+    one took (none: it was done before this process); `block`; `errors`, the relative error of each of its linears;
+    `rss_bytes` and `peak_rss_bytes`. A stage sends those it has, and may send more.
+    """
+
+    def __call__(self, line: str, /, **facts: Json) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,5 +29,14 @@ class Outcome:
     events: tuple[str, ...] = ()  # fallbacks that changed numbers, in order
 
 
-def silent(message: str) -> None:
+def silent(line: str, /, **facts: Json) -> None:
     """A progress that says nothing."""
+
+
+def within(progress: Progress, name: str, **more: Json) -> Progress:
+    """The progress of a part: every line begins with its name, and `more` is among the facts."""
+
+    def say(line: str, /, **facts: Json) -> None:
+        progress(f"{name}: {line}", **{**more, **facts})
+
+    return say

@@ -192,6 +192,16 @@ class Store:
         found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
         return [statement for statement in found if statement is not None]
 
+    def read(self, manifest: Manifest, path: str) -> bytes | None:
+        """One small file of an artifact, checked, without the others being read; None if it has no such file."""
+        entry = next((entry for entry in manifest.files if entry.path == path), None)
+        if entry is None:
+            return None
+        data = _read(self._blob(entry.sha256))
+        if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{path}` is not as stored", hint=_REPAIR)
+        return data
+
     def ids(self) -> list[str]:
         """Of all artifacts, damaged ones too, in no order that means anything."""
         return [f"sha256:{digest}" for _, digest in _dated(self._manifest("").parent)]

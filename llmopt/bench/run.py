@@ -217,7 +217,16 @@ class _Bench:
         """Write the level down; raises MeasurementInvalidError if it is not valid."""
         self.levels.append(level)
         report.append_requests(self.out, level)
-        self.progress(f"{level.subject} c{level.streams}: {_line(level)}")
+        self.progress(
+            f"{level.subject} c{level.streams}: {_line(level)}",
+            stage="bench",
+            done=len(self.levels),
+            total=self.settings.rounds * len(self.subjects) * len(self.settings.concurrency),
+            seconds=round(level.wall_s, 3),
+            subject=level.subject,
+            streams=level.streams,
+            round=level.round,
+        )
         failed = any(record.failure is not None for record in level.records)
         if server is not None:
             server.check_alive(1.0 if failed else 0.0)

@@ -60,7 +60,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code. An exception that is not the user's to mend keeps its traceback."""
     args = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    console.start(as_json="--json" in args, quiet=False, verbose=False)
+    console.start(as_json="--json" in args, as_lines="--json-lines" in args, quiet=False, verbose=False)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return _invoke(args)
@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read our output has gone. Python flushes stdout once more at exit: give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.ERROR)
+    finally:
+        console.current.close()
 
 
 def _invoke(args: list[str]) -> int:

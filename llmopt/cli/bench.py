@@ -49,6 +49,7 @@ def bench(
     name: opt.Name = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -59,7 +60,7 @@ def bench(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     subjects = {"candidate": inputs.subject(session.store, subject)}
     if against is not None:

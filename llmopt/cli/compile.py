@@ -32,6 +32,7 @@ def compile_(
     name: opt.Name = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
@@ -43,7 +44,7 @@ def compile_(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     model = inputs.model(session.store, source, session.console.progress)
     settings = opt.settings(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.export import check_out
 from llmopt.artifacts.outcome import Json, Progress
+from llmopt.cli import summary
 
 if TYPE_CHECKING:
     from llmopt.cli.options import Session
@@ -67,7 +68,11 @@ def _lines(result: StageResult, name: str | None) -> Iterator[str]:
     yield f"artifact  {result.artifact}" + (f" ({name})" if name else "")
     yield f"kind      {result.kind}, {result.status}, {byte_size(result.bytes)}, {took}"
     yield f"path      {result.path}"
-    for key, value in _flat(dict(result.metrics)):
+    shown: frozenset[str] = frozenset()
+    if result.kind == "quantized-model" and (table := summary.quantized(result.metrics)):
+        shown = summary.QUANTIZED
+        yield from ("", table, "")
+    for key, value in _flat({key: value for key, value in result.metrics.items() if key not in shown}):
         yield f"{key}: {value}"
     for event in result.events:
         yield f"note: {event}"

@@ -30,12 +30,16 @@ Out = Annotated[str | None, option("--out", metavar="DIR", help="Also copy the a
 Name = Annotated[str | None, option("--name", metavar="NAME", help="Also give the artifact this name in the store.")]
 Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
 
-# Every command has these four, and makes its session of them.
+# Every command has these (but for --json-lines), and makes its session of them.
 StoreFolder = Annotated[
     str | None,
     option("--store", envvar="LLMOPT_STORE", metavar="DIR", help="The artifacts [default: the user data folder]."),
 ]
 Json = Annotated[bool, option("--json", help="Print the result as one JSON object.")]
+#: Of the commands that say what they are doing.
+JsonLines = Annotated[
+    bool, option("--json-lines", help="Print progress, then the result, each as a JSON object on a line of its own.")
+]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress on stderr.")]
 Verbose = Annotated[bool, option("--verbose", "-v", help="Times on stderr, and tracebacks of errors.")]
 
@@ -54,9 +58,12 @@ class Session:
         return Store.open(self.store_location)
 
 
-def session(store: str | None, *, json: bool, quiet: bool, verbose: bool) -> Session:
+def session(store: str | None, *, json: bool, quiet: bool, verbose: bool, json_lines: bool = False) -> Session:
     """The first thing in a command: from here on, errors too are told as these flags ask."""
-    return Session(start(as_json=json, quiet=quiet, verbose=verbose), store)
+    console = start(as_json=json, as_lines=json_lines, quiet=quiet, verbose=verbose)
+    if json and json_lines:
+        raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
+    return Session(console, store)
 
 
 def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any]:

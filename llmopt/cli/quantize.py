@@ -81,6 +81,7 @@ def quantize(
     name: opt.Name = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
@@ -91,7 +92,7 @@ def quantize(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, plan, runner
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     source = inputs.model(session.store, model, session.console.progress)
     settings = opt.settings(

@@ -24,6 +24,7 @@ def run(
     ] = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
+    json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
@@ -36,7 +37,7 @@ def run(
     from llmopt.cli.deliver import keep_report
     from llmopt.pipeline import plan
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     wanted = plan.load(pipeline, overrides or ())
     folders = {} if out is None or dry_run else {name: Path(out) / name for name in wanted.steps}
     for folder in folders.values():

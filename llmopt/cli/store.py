@@ -11,7 +11,7 @@ import typer
 
 from llmopt.cli import options as opt
 from llmopt.cli.tables import table
-from llmopt.errors import Exit, LlmoptError, nearest
+from llmopt.errors import CorruptError, Exit, LlmoptError, nearest
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
@@ -82,6 +82,7 @@ def show(
         "names": _names(session.store).get(manifest.id, []),
         "manifest": loads(manifest.to_bytes()),
         "attestations": session.store.attestations(manifest.id),
+        "worst_linears": _worst_linears(session, manifest),
     }
     session.console.result("\n".join(_lines(manifest, value)), value)
 
@@ -153,6 +154,18 @@ def _names(store: Store) -> dict[str, list[str]]:
     return found
 
 
+def _worst_linears(session: opt.Session, manifest: Manifest) -> list[dict[str, Any]]:
+    """The five of a quantized model with the largest error, if it has its errors with it."""
+    from llmopt.quantizers import errors_report
+
+    try:
+        written = session.store.read(manifest, errors_report.FILE)
+    except CorruptError as error:
+        session.console.progress(error.message)
+        return []
+    return [] if written is None else errors_report.worst(loads(written), 5)
+
+
 def _lines(manifest: Manifest, value: Mapping[str, Any]) -> Iterator[str]:
     from llmopt.artifacts.disk import byte_size
 
@@ -168,6 +181,8 @@ def _lines(manifest: Manifest, value: Mapping[str, Any]) -> Iterator[str]:
         yield f"code      {action.code}"
     yield from (f"metric    {name}: {figure}" for name, figure in manifest.metrics.items())
     yield from (f"event     {event}" for event in manifest.events)
+    for linear in value["worst_linears"]:
+        yield f"worst     {linear['error']:.4f}  {linear['linear']}, {linear['bits']} bits"
     for statement in value["attestations"]:
         run = statement.get("predicate", {}).get("runDetails", {}).get("metadata", {})
         yield f"run       {run.get('startedOn')} to {run.get('finishedOn')} on {run.get('llmopt_host')}"

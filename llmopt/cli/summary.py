@@ -1,4 +1,7 @@
-"""What `llmopt run` says at its end: one table of figures, then the artifacts and which of them were there already."""
+"""What `llmopt run` says at its end: one table of figures, then the artifacts and which of them were there already.
+
+And what `llmopt quantize` says of its model.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,25 @@ def text(run: Run) -> str:
     if run.step("quantize") is None:
         figures = [row[:2] for row in figures]
     return "\n\n".join([*([table(figures)] if len(figures) > 1 else []), _artifacts(run.steps)])
+
+
+#: Metrics of a quantized model that `quantized` shows.
+QUANTIZED = frozenset(
+    {"bits_per_weight", "weight_bytes", "relative_error_mean", "relative_error_max", "relative_error_max_linear"}
+)
+
+
+def quantized(metrics: Mapping[str, Any]) -> str:
+    """Size and error of a quantized model, as far as they are known; empty where neither is."""
+    where = metrics.get("relative_error_max_linear")
+    shown: tuple[tuple[str, str, Format], ...] = (
+        ("bits per weight", "bits_per_weight", "{:.3f}".format),
+        ("size of weights", "weight_bytes", byte_size),
+        ("mean relative error", "relative_error_mean", "{:.4f}".format),
+        ("max relative error", "relative_error_max", lambda error: f"{error:.4f}" + (f"  {where}" if where else "")),
+    )
+    rows = [[label, show(metrics[name])] for label, name, show in shown if name in metrics]
+    return table(rows, left=2) if rows else ""
 
 
 def planned(run: Run) -> str:
@@ -82,6 +104,11 @@ def _evaluation(metrics: Mapping[str, Any], quantized: bool) -> Iterator[list[st
     ):
         if name in metrics:
             yield [label, "", show(metrics[name]), ""]
+    for name, figure in metrics.items():
+        task, slash, metric = name.partition("/")
+        if slash and not metric.startswith("base_") and "_stderr" not in metric:
+            pair = (metrics.get(f"{task}/base_{metric}"), figure) if quantized else (figure, None)
+            yield from _row(name, "{:.4f}".format, *pair)
 
 
 def _load(metrics: Mapping[str, Any], base: str, other: str) -> Iterator[list[str]]:

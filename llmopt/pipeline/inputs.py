@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.artifacts.digest import describe
+from llmopt.artifacts.digest import describe, describe_all
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
 from llmopt.pipeline.runner import StageResult
@@ -130,6 +130,14 @@ def text(file: str | Path, *, kind: str = "text") -> Input:
     if not path.is_file():
         raise LlmoptError(f"no text file at `{path}`", hint="give a file of plain UTF-8 text")
     return _input(describe(path, kind), path, path.name, files=(path,))
+
+
+def tasks(folder: str | Path) -> Input:
+    """A folder of lm-evaluation-harness tasks: every file in it, for YAML, code and data all change what is asked."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise LlmoptError(f"no folder of tasks at `{path}`", hint="give the folder that holds their YAML files")
+    return _input(describe_all(path, "tasks"), path, path.resolve().name)
 
 
 def require(source: Input, command: str, *kinds: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmopt import profiles
-from llmopt.artifacts.outcome import Json, Progress
+from llmopt.artifacts.outcome import Json, Progress, within
 from llmopt.errors import SettingsError, nearest
 from llmopt.pipeline import inputs, runner, stages
 from llmopt.pipeline.explain import explain
@@ -205,7 +205,7 @@ class _Chain:
             for line in differs:
                 self._progress(f"{name}: {line}")
             keep = None if self._keep is None else partial(self._keep, name)
-            result = runner.execute(self._store, stage, lambda line: self._progress(f"{name}: {line}"), keep=keep)
+            result = runner.execute(self._store, stage, within(self._progress, name, step=name), keep=keep)
         return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
 
 

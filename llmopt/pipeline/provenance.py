@@ -16,7 +16,7 @@ SOURCES: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "models/text", "models/chat"),
     "quantize": ("quantizers", "formats", "models"),
     "compile": ("compilers", "formats", "models"),
-    "eval": ("evaluate", "formats", "models"),
+    "eval": ("evaluate", "harness", "formats", "models"),
     "bench": ("bench", "serve", "models/chat"),
 }
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 REFERENCES: Mapping[str, tuple[str, ...]] = {
     "quantize": ("calib", "calib_field", "adapter"),
     "compile": (),
-    "eval": ("text",),
+    "eval": ("text", "tasks_path"),
     "bench": ("against",),
 }
 #: The serving stack's versions: they are in a measurement as the cores are.
@@ -223,29 +223,37 @@ def compile_(model: Input, settings: Mapping[str, Any]) -> Stage:
 
 
 def evaluate(model: Input, base: Input | None, settings: Mapping[str, Any]) -> Stage:
-    """Perplexity of a model and its distance from a base; `text` in the settings is a file, as `calib` above."""
+    """Perplexity of a model and its distance from a base; `text` in the settings is a file, as `calib` above.
+
+    `tasks_path` is a folder with tasks of lm-evaluation-harness and their data: all that is in it is an input.
+    """
     from llmopt import evaluate
 
     values = dict(settings)
-    text = inputs.text(values.pop("text", None) or HELDOUT_TEXT)
+    text, folder = inputs.text(values.pop("text", None) or HELDOUT_TEXT), values.pop("tasks_path", None)
     resolved = evaluate.resolve(values)
+    if folder is not None and not resolved.tasks:
+        raise SettingsError("`tasks_path` holds tasks, and none is asked for", hint="name them: `tasks: [mine]`")
+    tasks = None if folder is None else inputs.tasks(folder)
     for each in (model, base):
         if each is not None:
             inputs.require(each, "eval", "model", "quantized-model")
-    path = None if base is None else base.path
+    path, own = (None if each is None else each.path for each in (base, tasks))
     return Stage(
         kind="report",
         action=Action(
             op="eval",
             op_version=evaluate.OP_VERSION,
-            inputs=_ids(model=model, base=base, text=text),
+            inputs=_ids(model=model, base=base, text=text, tasks=tasks),
             settings=to_json(resolved),
             code=provenance.code_digest("eval"),
             deps=provenance.versions(evaluate.deps(resolved)),
             target=machine.arithmetic(),
         ),
-        check=lambda: evaluate.check(model.path, path, text.path, resolved),
-        produce=lambda out, progress: evaluate.evaluate(model.path, path, text.path, resolved, out, progress),
+        check=lambda: evaluate.check(model.path, path, text.path, resolved, tasks=own),
+        produce=lambda out, progress: evaluate.evaluate(
+            model.path, path, text.path, resolved, out, progress, tasks=own
+        ),
     )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SECTIONS = ("quantize", "compile", "eval", "bench")
 #: Settings that name a file, relative to the YAML that says so.
-PATHS = ("quantize.calib", "quantize.adapter", "eval.text")
+PATHS = ("quantize.calib", "quantize.adapter", "eval.text", "eval.tasks_path")
 _FOLDER = Path(__file__).parent
 _TEXTS = ("extends", "description", "model")
 CALIBRATION_TEXT = _FOLDER / "text" / "calibration.txt"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.artifacts.outcome import Outcome
+from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.bench import Subject, measure, resolve
 from llmopt.errors import Exit, LlmoptError, MeasurementInvalidError
 
@@ -27,8 +27,7 @@ QUICK = {"concurrency": [1, 3], "requests": 6, "output_tokens": 8, "prompt_token
 
 
 def bench_url(url: str, out: Path, **options: Any) -> Outcome:
-    said: list[str] = []
-    return measure({"candidate": Subject(name="candidate", url=url)}, resolve({**QUICK, **options}), out, said.append)
+    return measure({"candidate": Subject(name="candidate", url=url)}, resolve({**QUICK, **options}), out, silent)
 
 
 def report_in(out: Path) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def test_an_engine_is_served_for_the_measurement_only(
 ) -> None:
     out = tmp_path / "report"
     subject = Subject(name="candidate", engine=make_engine("gap=1"), artifact="sha256:ab")
-    outcome = measure({"candidate": subject}, resolve(QUICK), out, print, command=fake_serve)
+    outcome = measure({"candidate": subject}, resolve(QUICK), out, silent, command=fake_serve)
     assert "candidate" in outcome.metrics
     assert report_in(out)["subjects"]["candidate"] == {"model": "truth", "engine": "engine", "artifact": "sha256:ab"}
     (pid,) = pids_in(out / "server-candidate.log")
@@ -101,7 +100,7 @@ def test_two_subjects_get_the_same_prompts_in_every_round_and_a_ratio(
     subjects = {"candidate": Subject(name="candidate", url=slow), "baseline": Subject(name="baseline", url=quick)}
     seen = len(truth.log())
     settings = resolve({**QUICK, "concurrency": 2, "requests": 4, "rounds": 3, "seed": 1})
-    outcome = measure(subjects, settings, tmp_path, print)
+    outcome = measure(subjects, settings, tmp_path, silent)
     stints = [entry["prompt"] for entry in truth.log()[seen:]]
     rounds = [stints[i * 10 : i * 10 + 10] for i in range(3)]  # two subjects, a warm-up and four requests
     for prompts in rounds:
@@ -119,10 +118,17 @@ def test_rounds_take_the_subjects_in_random_order_by_the_seed(truth: Any, tmp_pa
     subjects = {name: Subject(name=name, url=truth.url()) for name in ("candidate", "baseline")}
     orders = []
     for seed in (0, 0, 7):
-        said: list[str] = []
+        said: list[dict[str, Any]] = []
+
+        def hear(line: str, /, said: list[dict[str, Any]] = said, **facts: Any) -> None:
+            said.append({"line": line, **facts})
+
         settings = resolve({**QUICK, "concurrency": 1, "requests": 1, "warmup": 0, "rounds": 8, "seed": seed})
-        measure(subjects, settings, tmp_path / str(len(orders)), said.append)
-        orders.append([line.split()[0] for line in said if " c1: " in line])
+        measure(subjects, settings, tmp_path / str(len(orders)), hear)
+        levels = [facts for facts in said if "done" in facts]
+        assert [(facts["done"], facts["total"]) for facts in levels] == [(n, 16) for n in range(1, 17)]
+        assert [facts["round"] for facts in levels] == [n // 2 for n in range(16)]
+        orders.append([facts["subject"] for facts in levels])
     assert orders[0] == orders[1] != orders[2]
     assert len({tuple(orders[0][i : i + 2]) for i in range(0, 16, 2)}) == 2
 
@@ -133,7 +139,7 @@ def test_prompts_are_exact_and_the_server_s_count_is_checked(truth: Any, tokeniz
     for counted, notes in ((16, 0), (17, 2)):
         seen = len(truth.log())
         subject = Subject(name="candidate", url=truth.url(f"prompt_tokens={counted}"), tokenizer=tokenizer_file)
-        outcome = measure({"candidate": subject}, resolve(QUICK), tmp_path / str(counted), print)
+        outcome = measure({"candidate": subject}, resolve(QUICK), tmp_path / str(counted), silent)
         sent = [entry["prompt"] for entry in truth.log()[seen:]]
         assert {len(load_tokenizer(tokenizer_file).encode(prompt).ids) for prompt in sent} == {16}
         assert str(outcome.events).count("count another length of the prompt than 16 tokens: 17") == notes
@@ -172,7 +178,7 @@ def test_a_server_that_dies_under_load_is_an_invalid_measurement(
     out = tmp_path / "report"
     subject = Subject(name="candidate", engine=make_engine("die=5,gap=1"))
     with pytest.raises(MeasurementInvalidError, match=r"`candidate` died under load \(killed by SIGKILL\)") as caught:
-        measure({"candidate": subject}, resolve({**QUICK, "warmup": 0}), out, print, command=fake_serve)
+        measure({"candidate": subject}, resolve({**QUICK, "warmup": 0}), out, silent, command=fake_serve)
     assert caught.value.code is Exit.MEASUREMENT_INVALID
     assert "fatal: the device is gone" in (caught.value.hint or "")
     report = report_in(out)
@@ -188,13 +194,13 @@ def test_a_server_that_dies_in_the_warm_up_is_found_too(
 ) -> None:
     subject = Subject(name="candidate", engine=make_engine("die=5"))
     with pytest.raises(MeasurementInvalidError, match="died under load"):
-        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", print, command=fake_serve)
+        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", silent, command=fake_serve)
 
 
 def test_a_server_that_cannot_start_is_an_error(make_engine: MakeEngine, fake_serve: Command, tmp_path: Path) -> None:
     subject = Subject(name="candidate", engine=make_engine("broken"))
     with pytest.raises(LlmoptError, match="did not start") as caught:
-        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", print, command=fake_serve)
+        measure({"candidate": subject}, resolve(QUICK), tmp_path / "report", silent, command=fake_serve)
     assert caught.value.code is Exit.ERROR
     assert "no such device: NPU" in (caught.value.hint or "")
 
@@ -310,7 +316,7 @@ from pathlib import Path
 from llmopt.bench import Subject, measure, resolve
 subject = Subject(name="candidate", engine=Path({str(engine)!r}))
 settings = resolve({{**{QUICK!r}, "concurrency": [1, 2, 3, 4, 5, 6], "requests": None, "duration_s": 1.0}})
-measure({{"candidate": subject}}, settings, Path({str(out)!r}), lambda line: print(line, flush=True),
+measure({{"candidate": subject}}, settings, Path({str(out)!r}), lambda line, **facts: print(line, flush=True),
         command=lambda _: {fake_serve(engine)!r})
 """
     with subprocess.Popen(
@@ -335,9 +341,10 @@ import sys
 from pathlib import Path
 import llmopt.bench
 assert "asyncio" not in sys.modules
+from llmopt.artifacts.outcome import silent
 from llmopt.bench import Subject, measure, resolve
 subject = Subject(name="candidate", url={truth.url()!r})
-measure({{"candidate": subject}}, resolve({QUICK!r}), Path({str(tmp_path)!r}), lambda line: None)
+measure({{"candidate": subject}}, resolve({QUICK!r}), Path({str(tmp_path)!r}), silent)
 heavy = {{"torch", "transformers", "httpx", "numpy", "openvino", "rich", "tokenizers"}} & set(sys.modules)
 assert not heavy, heavy
 """

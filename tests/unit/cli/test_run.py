@@ -44,7 +44,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> tuple[str, ...]:
     monkeypatch.setattr(quantizers, "quantize", instead("quantize", 2048))
     monkeypatch.setattr(compilers, "check", lambda *_: None)
     monkeypatch.setattr(compilers, "compile_model", instead("compile", 4096))
-    monkeypatch.setattr(evaluate, "check", lambda *_: None)
+    monkeypatch.setattr(evaluate, "check", lambda *_, **__: None)
     monkeypatch.setattr(evaluate, "evaluate", instead("eval", 8))
     monkeypatch.setattr(bench, "check", lambda *_: None)
     monkeypatch.setattr(bench, "measure", instead("bench", 8))

@@ -81,8 +81,9 @@ def test_another_process_gives_the_same_bytes(quantized: Path, compiled: Any, tm
     script = (
         "import sys, pathlib\n"
         "from llmopt import compilers\n"
+        "from llmopt.artifacts.outcome import silent\n"
         "target = compilers.resolve({'aot': False})\n"
-        "compilers.compile_model(pathlib.Path(sys.argv[1]), target, pathlib.Path(sys.argv[2]), print)\n"
+        "compilers.compile_model(pathlib.Path(sys.argv[1]), target, pathlib.Path(sys.argv[2]), silent)\n"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script, quantized, out], check=True, env=environment, cwd=tmp_path)

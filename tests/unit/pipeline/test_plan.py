@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.artifacts.outcome import Outcome, Progress, silent
+from llmopt.artifacts.outcome import Json, Outcome, Progress, silent
 from llmopt.artifacts.store import Store
 from llmopt.errors import Exit, LlmoptError
 from llmopt.pipeline import plan
@@ -44,7 +44,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(quantizers, "quantize", instead("quantize"))
     monkeypatch.setattr(compilers, "check", lambda model, settings: None)
     monkeypatch.setattr(compilers, "compile_model", instead("compile", "compiled"))
-    monkeypatch.setattr(evaluate, "check", lambda *arguments: None)
+    monkeypatch.setattr(evaluate, "check", lambda *_, **__: None)
     monkeypatch.setattr(evaluate, "evaluate", instead("eval"))
     monkeypatch.setattr(bench, "check", lambda subjects, settings: None)
     monkeypatch.setattr(bench, "measure", instead("bench"))
@@ -216,14 +216,21 @@ def test_progress_names_the_stage_that_speaks(
     def work(
         model: Path, settings: object, ids: Path, out: Path, progress: Progress, *_: object, **__: object
     ) -> Outcome:
-        progress("block 1/2")
+        progress("block 1/2", done=1)
         (out / "x").touch()
         return Outcome()
 
     monkeypatch.setattr(quantizers, "quantize", work)
-    said: list[str] = []
-    plan.run(store, plan.load(write("quantize: {samples: 2, seq_len: 16}\n"), [f"model={tiny}"]), said.append)
-    assert said == ["calibrate: 2 windows of 16 tokens", "quantize: block 1/2"]
+    said: list[tuple[str, dict[str, Json]]] = []
+
+    def hear(line: str, /, **facts: Json) -> None:
+        said.append((line, facts))
+
+    plan.run(store, plan.load(write("quantize: {samples: 2, seq_len: 16}\n"), [f"model={tiny}"]), hear)
+    assert said == [
+        ("calibrate: 2 windows of 16 tokens", {"step": "calibrate"}),
+        ("quantize: block 1/2", {"step": "quantize", "done": 1}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["demo", "exact", "int4-awq", "int4-gptq", "int8-smoothquant"])

@@ -76,9 +76,9 @@ def test_anew_measures_again_and_the_newest_is_found(store: Store, make_stage: M
 
 def test_a_second_result_of_the_same_action_is_told(store: Store, make_stage: MakeStage) -> None:
     said: list[str] = []
-    first = runner.run(store, make_stage("first"), said.append)
+    first = runner.run(store, make_stage("first"), lambda line, /, **facts: said.append(line))
     assert first.reproducible
-    second = runner.run(store, make_stage("second"), said.append, anew=True)
+    second = runner.run(store, make_stage("second"), lambda line, /, **facts: said.append(line), anew=True)
     assert not second.reproducible
     assert any(line.startswith("not reproducible") for line in said)
     assert first.artifact[:19] in said[-1]
@@ -124,7 +124,7 @@ def test_a_flipped_byte_is_told_and_healed_and_never_delivered(store: Store, mak
     damage(the_blob(store))
     said: list[str] = []
     fresh = Store(store.root)  # as the next process sees it
-    healed = runner.run(fresh, make_stage(), said.append)
+    healed = runner.run(fresh, make_stage(), lambda line, /, **facts: said.append(line))
     assert not healed.cached
     assert healed.artifact == artifact
     assert "damaged" in said[0]

@@ -1,6 +1,6 @@
 """Quantize in children that are killed (SIGKILL) at random times, each going on from the last; run by test_resume.py.
 
-Arguments: model, calibration set, store, settings as JSON, seed, kills, seconds that an undisturbed run takes. Prints JSON.
+Arguments: model, calibration set, store, settings as JSON, seed, kills, seconds of an undisturbed run. Prints JSON.
 """
 
 from __future__ import annotations

@@ -76,10 +76,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llmopt import compilers
+    from llmopt.artifacts.outcome import silent
 
     out = tmp_path_factory.mktemp("engine")
     settings = compilers.resolve({"precision": "f32", "activation_group": 0, "aot": False})
-    compilers.compile_model(checkpoint, settings, out, lambda line: None)
+    compilers.compile_model(checkpoint, settings, out, silent)
     return out
 
 
