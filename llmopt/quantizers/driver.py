@@ -8,6 +8,7 @@ block is durable: the same run, started again, goes on after it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from llmopt import memory
 from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.formats.dequantized import fp8_input, int8_input, load_block, load_float, to_torch
 from llmopt.formats.reading import all_modules, get_format, linears, open_quantized
@@ -27,6 +29,7 @@ from llmopt.models.decoder import DecoderBlock, InputTransform, embed, final_nor
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter, Writable, write_json
+from llmopt.quantizers import errors_report
 from llmopt.quantizers.base import Rounded, Statistics, exact_scale
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
@@ -91,13 +94,14 @@ class Driver:
         shelf = self._resume(out, journal, min(len(records) - 1, config.layers))
         for number in range(len(records), config.layers + 2):
             last = number > config.layers
+            started = time.monotonic()
             part = self._finish(shelf) if last else self._quantize_block(number - 1, shelf)
             records.append({"events": part.events, "errors": part.errors})
             journal.record(number, writer.write(number + 1, part.tensors), records[-1])
             self._checkpoint.release()
             if not last:
                 journal.save(number, shelf)
-                self._progress(self._line(number, part))
+                self._tell(number, part, time.monotonic() - started)
         return self._outcome(writer, out, journal, records)
 
     def check_block(self, quantized: Path, index: int) -> list[str]:
@@ -142,7 +146,8 @@ class Driver:
             return self._embed(folder)
         if done == self._config.layers and not self._settings.common.lm_head:
             return Shelf(folder, 0, self._half)
-        self._progress(f"going on after block {done}/{self._config.layers}")
+        layers = self._config.layers
+        self._progress(f"going on after block {done}/{layers}", stage="quantize", done=done, total=layers)
         first, shelf = 0, None
         if (kept := journal.saved(done, half=self._half)) is not None:
             first, shelf = kept[0], Shelf(folder, self._shelf_bytes(self._windows.shape[1]), self._half)
@@ -374,6 +379,10 @@ class Driver:
         errors: dict[str, float] = {}
         for record in records:
             errors |= record["errors"]
+        method = self._settings.common.method
+        errors_report.write(
+            out, errors, self._schemes, method={"smoothquant": "SmoothQuant"}.get(method, method.upper())
+        )
         worst = max(errors, key=lambda name: errors[name])
         return Outcome(
             metrics={
@@ -386,10 +395,15 @@ class Driver:
             events=tuple(event for record in records for event in record["events"]),
         )
 
-    def _line(self, number: int, part: _Part) -> str:
-        worst = max(part.errors, key=lambda name: part.errors[name])
-        short = worst.removeprefix(self._config.block(number - 1) + ".")
-        return f"block {number}/{self._config.layers}: worst relative error {part.errors[worst]:.4f} in {short}"
+    def _tell(self, number: int, part: _Part, seconds: float) -> None:
+        layers, block = self._config.layers, self._config.block(number - 1)
+        facts: dict[str, Any] = {"stage": "quantize", "done": number, "total": layers, "block": block}
+        facts |= {"seconds": round(seconds, 3), "errors": part.errors, **memory.usage()}
+        line = f"block {number}/{layers}"
+        if part.errors:
+            worst = max(part.errors, key=lambda name: part.errors[name])
+            line += f": worst relative error {part.errors[worst]:.4f} in {worst.removeprefix(block + '.')}"
+        self._progress(line, **facts)
 
 
 def _relative_error(rounded_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float:
