@@ -94,19 +94,20 @@ class Constants:
             x = op.fake_quantize(x, low, high, low, high, _INT8_LEVELS)
         if weight.order_I is not None:
             x = op.gather(x, weight.order_I, np.array(-1, np.int64))
-        if weight.kind == "float" and weight.scale_OG.shape[1] == 1:
-            return self._fp8(prefix, weight, x)
-        return op.matmul(x, self.packed(prefix, weight), False, True)
+        node = self._fp8(prefix, weight) if weight.kind == "float" else self.packed(prefix, weight)
+        return op.matmul(x, node, False, True)
 
-    def _fp8(self, prefix: str, weight: QuantizedWeight, x: Node) -> Node:
-        """`x` times the codes as BF16, which holds E4M3 exactly, and then the scale of each row.
+    def _fp8(self, prefix: str, weight: QuantizedWeight) -> Node:
+        """The graph codes * scale over codes as BF16, which holds E4M3 exactly.
 
-        The CPU has no arithmetic in FP8, so that inputs stay as they are, whatever the checkpoint says of them.
+        The plugin folds it into float32 when it loads the engine; constants of FP8 it would convert at every call. The
+        CPU has no arithmetic in FP8 either, so that inputs stay as they are, whatever the checkpoint says of them.
         """
-        codes = float32_to_bfloat16(E4M3[weight.codes_OI])
-        constant = self._constant(self._scratch.keep(codes), "bf16", f"{prefix}.weight")
-        y = op.matmul(x, _named(op.convert(constant, np.float32), f"{prefix}.weight{DECOMPRESSED}"), False, True)
-        return op.multiply(y, self._constant(self._scratch.keep(weight.scale_OG[:, 0]), "f32", f"{prefix}.scale"))
+        rows, groups = weight.scale_OG.shape
+        codes = float32_to_bfloat16(E4M3[weight.codes_OI]).reshape(rows, groups, -1)
+        node = op.convert(self._constant(self._scratch.keep(codes), "bf16", f"{prefix}.weight"), np.float32)
+        scale = self._constant(self._scratch.keep(weight.scale_OG[:, :, None]), "f32", f"{prefix}.scale")
+        return op.reshape(op.multiply(node, scale), np.array(weight.codes_OI.shape, np.int64), False)
 
     def is_plain(self, prefix: str) -> bool:
         """Whether the checkpoint has a linear as floats."""
@@ -117,7 +118,7 @@ class Constants:
 
         Symmetric: i4 or i8 with the middle already taken off. Asymmetric: u4 or u8 with zero points. Codes of fewer
         bits go in the next wider type. The graph computes in the dtype of the scales; the CPU plugin never rounds to
-        it (it multiplies in float32). FP8 in blocks: the codes as they are, which the plugin widens when it loads them.
+        it (it multiplies in float32).
         """
         rows, groups = weight.scale_OG.shape
         grouped = groups > 1
@@ -127,9 +128,9 @@ class Constants:
             half = grouped and bool((scale.astype(np.float16) == scale).all())
         compute = np.float16 if half else np.float32
         symmetric = weight.zero_OG is None
-        middle = np.uint8(1 << (weight.bits - 1)) if symmetric and weight.kind == "int" else np.uint8(0)
+        middle = np.uint8(1 << (weight.bits - 1)) if symmetric else np.uint8(0)
         width = "4" if weight.bits <= 4 else "8"
-        element = "f8e4m3" if weight.kind == "float" else ("i" if symmetric else "u") + width
+        element = ("i" if symmetric else "u") + width
         node = op.convert(self._integers(codes - middle, element, f"{prefix}.weight"), compute)
         if weight.zero_OG is not None:
             zero = weight.zero_OG[:, :, None] if grouped else weight.zero_OG
@@ -158,7 +159,7 @@ class Constants:
 
     def _integers(self, codes: np.ndarray, element: str, name: str) -> Node:
         """uint8 codes (two's complement where signed) as a constant; 4-bit ones two to a byte, the first one low."""
-        if not element.endswith("4"):
+        if element.endswith("8"):
             return self._constant(self._scratch.keep(codes), element, name)
         flat = codes.reshape(-1)
         packed = flat[0::2] & np.uint8(15)

@@ -97,11 +97,16 @@ def test_exact_engine_of_mixed_precision_and_of_fp8(
     assert batched_greedy(folder, [PROMPT], 16) == [tokens]
 
 
-def test_fp8_is_held_in_two_bytes_and_not_in_four(
-    make_checkpoint: Any, quantize: Any, compiled: Any, read_constant: Any
+def test_fp8_is_written_in_two_bytes_and_nothing_of_it_is_left_to_every_call(
+    make_checkpoint: Any, quantize: Any, compiled: Any, engine: Any, read_constant: Any
 ) -> None:
     folder = compiled(quantize(make_checkpoint("llama", tie_word_embeddings=True), FP8))
-    assert read_constant(folder, "model.layers.1.mlp.down_proj.weight")[:2] == ("bf16", (64, 96))
+    assert read_constant(folder, "model.layers.1.mlp.down_proj.weight")[:2] == ("bf16", (64, 1, 96))
+    ops = engine(folder).compiled.get_runtime_model().get_ops()
+    weights = [op.input(1) for op in ops if op.get_rt_info()["layerType"].astype(str) == "FullyConnected"]
+    assert {
+        port.get_node().get_rt_info()["layerType"].astype(str) for port in [p.get_source_output() for p in weights]
+    } == {"Const"}
 
 
 def test_exact_engine_of_fp8_in_blocks(

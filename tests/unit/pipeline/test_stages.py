@@ -136,3 +136,11 @@ def test_an_engine_cannot_be_quantized(tiny: Path, tmp_path: Path) -> None:
     engine = inputs.resolve(Store(tmp_path), str(tmp_path))
     with pytest.raises(SettingsError, match="takes a checkpoint"):
         stages.quantize(engine, {})
+
+
+def test_a_conversion_is_an_action_of_its_own_without_calibration(tiny: Path) -> None:
+    model = inputs.resolve(Store(tiny), str(tiny))
+    action = stages.quantize(model, {"method": "convert", "format": "gptq"}).action
+    assert action.op == "quantize.convert"
+    assert set(action.inputs) == {"model"}
+    assert action.settings == {"method": "convert", "format": "gptq"}
