@@ -9,23 +9,27 @@ from typing import Literal, TypeAlias
 from llmopt.errors import SettingsError
 
 Activations: TypeAlias = Literal["none", "dynamic", "static"]
+Kind: TypeAlias = Literal["int", "float"]
+KVCache: TypeAlias = Literal["none", "fp8", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
-    """How every quantized linear of a checkpoint is quantized.
+    """How a linear is quantized.
 
-    `group_size` counts in-features that share a scale, -1 for the whole row. `activations`: int8, per token
-    (dynamic) or per tensor (static), or not at all.
+    `group_size` counts in-features that share a scale, -1 for the whole row, 0 for the whole tensor. `activations`:
+    in 8 bits of the same kind, per token (dynamic) or per tensor (static), or not at all. `kind`: whole numbers, or
+    FP8 E4M3 ("float": 8 bits, symmetric).
     """
 
     bits: int
     group_size: int
     symmetric: bool
     activations: Activations = "none"
+    kind: Kind = "int"
 
     def groups(self, in_features: int) -> int:
-        return 1 if self.group_size == -1 else in_features // self.group_size
+        return 1 if self.group_size <= 0 else in_features // self.group_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

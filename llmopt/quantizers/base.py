@@ -6,15 +6,23 @@ in-features of one group, N tokens. Everything is float32 on the CPU; codes are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from llmopt.formats.base import QuantizedWeight
 from llmopt.formats.scheme import Scheme
+from llmopt.quantizers import fp8
 
+SAMPLED = 512  # tokens of a site's input that are kept, about, and rows of its weights that a search looks at
 SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # shares of a group's range that are tried: to a half
+
+
+#: Of a scale_I, the nearest in which channels that must share one scale do.
+Tie: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +38,16 @@ class Grid:
 
         Scales are rounded so that BF16 and F16 both hold them (formats.base.exact_scale has the same rule).
         """
+        low_OG, high_OG = weight_OGS.amin(dim=2).clamp(max=0), weight_OGS.amax(dim=2).clamp(min=0)
+        return cls.between(low_OG * shrink, high_OG * shrink, scheme)
+
+    @classmethod
+    def between(cls, low_OG: torch.Tensor, high_OG: torch.Tensor, scheme: Scheme) -> Grid:
+        """The grid over a range of each group that holds zero; a symmetric one over the larger of its two sides."""
         levels = (1 << scheme.bits) - 1
         if scheme.symmetric:
-            scale_OG = exact_scale(weight_OGS.abs().amax(dim=2) * (2 * shrink / levels))
+            scale_OG = exact_scale(torch.maximum(-low_OG, high_OG) * (2 / levels))
             return cls(scale_OG, torch.full_like(scale_OG, 1 << (scheme.bits - 1)))
-        low_OG = weight_OGS.amin(dim=2).clamp(max=0) * shrink
-        high_OG = weight_OGS.amax(dim=2).clamp(min=0) * shrink
         scale_OG = exact_scale((high_OG - low_OG) / levels)
         return cls(scale_OG, (-low_OG / scale_OG).round().clamp(0, levels))
 
@@ -71,13 +83,15 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits)."""
+    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits); of FP8, its bit patterns."""
 
     codes_OI: torch.Tensor
     grid: Grid
     scheme: Scheme
 
     def dequantize(self) -> torch.Tensor:
+        if self.scheme.kind == "float":
+            return fp8.from_codes(self.codes_OI) * self.grid.scale_OG
         return self.grid.value(grouped(self.codes_OI, self.scheme)).reshape(self.codes_OI.shape)
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
@@ -116,6 +130,8 @@ class Statistics:
 
     tokens: int = 0
     hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens
+    blocks_BSS: torch.Tensor | None = None  # its diagonal blocks alone, of block_size(I) channels
+    sample_NI: torch.Tensor | None = None  # some of the tokens' x, evenly spaced
     abs_sum_I: torch.Tensor | None = None  # sum of |x|
     abs_max_I: torch.Tensor | None = None  # max of |x|
     cross_II: torch.Tensor | None = None  # sum of o x^T
@@ -128,12 +144,16 @@ class Statistics:
         wanted: frozenset[str],
         original: torch.Tensor | None = None,
         ahead: torch.Tensor | None = None,
+        *,
+        sample_every: int = 1,
     ) -> Statistics:
-        """Of one batch; x and `original` are [..., I], `ahead` is [..., O]."""
+        """Of one batch; x and `original` are [..., I], `ahead` is [..., O]. Every how many tokens one is sampled."""
         x_NI = x.reshape(-1, x.shape[-1])
         return cls(
             tokens=len(x_NI),
             hessian_II=x_NI.T @ x_NI if "hessian" in wanted else None,
+            blocks_BSS=_diagonal_blocks(x_NI) if "blocks" in wanted else None,
+            sample_NI=x_NI[sample_every // 2 :: sample_every].clone() if "sample" in wanted else None,
             abs_sum_I=x_NI.abs().sum(dim=0) if "abs_sum" in wanted else None,
             abs_max_I=x_NI.abs().amax(dim=0) if "abs_max" in wanted else None,
             cross_II=None if original is None else original.reshape(x_NI.shape).T @ x_NI,
@@ -142,13 +162,41 @@ class Statistics:
 
     def add(self, other: Statistics) -> None:
         """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
-        for name in ("hessian_II", "abs_sum_I", "abs_max_I", "cross_II", "ahead_OI"):
+        for name in ("hessian_II", "blocks_BSS", "sample_NI", "abs_sum_I", "abs_max_I", "cross_II", "ahead_OI"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine is None:
                 setattr(self, name, theirs)
+            elif name == "sample_NI" and theirs is not None:
+                self.sample_NI = torch.cat((mine, theirs))
             elif theirs is not None:
                 torch.maximum(mine, theirs, out=mine) if name == "abs_max_I" else mine.add_(theirs)
         self.tokens += other.tokens
+
+    def divide(self, scale_I: torch.Tensor) -> None:
+        """Make them those of x / scale_I, in place. Not for those that compare with the original."""
+        if self.hessian_II is not None:
+            self.hessian_II /= torch.outer(scale_I, scale_I)
+        if self.blocks_BSS is not None:
+            scale_BS = scale_I.view(len(self.blocks_BSS), -1)
+            self.blocks_BSS /= scale_BS[:, :, None] * scale_BS[:, None]
+        for values in (self.sample_NI, self.abs_sum_I, self.abs_max_I):
+            if values is not None:
+                values /= scale_I
+
+
+def block_size(channels: int) -> int:
+    """Of `Statistics.blocks_BSS`: the largest power of two up to 128 that divides the channels, as group sizes do."""
+    return math.gcd(channels, 128)
+
+
+def sample_every(tokens: int) -> int:
+    """So that about SAMPLED of all tokens are sampled; odd, so that windows are not sampled at the same positions."""
+    return max(1, tokens // SAMPLED) | 1
+
+
+def _diagonal_blocks(x_NI: torch.Tensor) -> torch.Tensor:
+    x_BNS = x_NI.view(len(x_NI), -1, block_size(x_NI.shape[1])).transpose(0, 1)
+    return torch.bmm(x_BNS.transpose(1, 2), x_BNS)
 
 
 def grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -165,3 +213,8 @@ def exact_scale(scale: torch.Tensor) -> torch.Tensor:
 def output_error(error_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
     """Sum over calibration tokens of |error x|^2, from the Hessian alone: tr(error H error^T). A scalar."""
     return ((error_OI @ hessian_II) * error_OI).sum()
+
+
+def some_rows(weight_OI: torch.Tensor) -> torch.Tensor:
+    """At most SAMPLED of the rows, evenly spaced: enough to compare scales by the sum of the rows' errors."""
+    return weight_OI[:: -(-len(weight_OI) // SAMPLED)]

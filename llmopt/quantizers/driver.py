@@ -1,8 +1,8 @@
 """Stream a checkpoint through a method: read a block, calibrate, quantize, pass its outputs on, write it, free it.
 
-Each block runs once for GPTQ and rounding to nearest (a site's weights are replaced before their outputs are
-computed), twice for AWQ and SmoothQuant, whose scales need the inputs of all sites first. Batches run on all cores
-with one BLAS thread each, and are reduced in their order: the bytes do not depend on the number of cores.
+Each block runs once: for GPTQ and rounding to nearest a site's weights are replaced before their outputs are computed;
+AWQ and SmoothQuant, whose scales need the inputs of all sites first, calibrate on the original model's. Batches run on
+all cores with one BLAS thread each, and are reduced in their order: the bytes do not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.formats.base import Stored
+from llmopt.formats.base import Stored, store_float
 from llmopt.formats.dequantized import int8_input, load_block, load_float
 from llmopt.formats.reading import get_format
+from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.companions import copy_companions
 from llmopt.models.config import DecoderConfig
@@ -24,7 +25,7 @@ from llmopt.models.decoder import DecoderBlock, State, rms_norm, rotary_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter
-from llmopt.quantizers.base import Rounded, Statistics, exact_scale
+from llmopt.quantizers.base import Rounded, Statistics, sample_every
 from llmopt.quantizers.methods import Context, Scaler, method_of
 from llmopt.quantizers.scaling import fold_scale, tie_heads
 from llmopt.quantizers.settings import QuantizeSettings
@@ -68,9 +69,9 @@ class Driver:
     ) -> None:
         self._checkpoint, self._config, self._settings, self._progress = checkpoint, config, settings, progress
         self._windows, self._map = windows, workers.map
-        self._scheme = settings.method.scheme
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
+        self._sample_every = 1 if windows is None else sample_every(windows.size)
         self._events: list[str] = []
         self._errors: dict[str, float] = {}
 
@@ -106,17 +107,20 @@ class Driver:
         block = load_block(self._checkpoint, config, None, index)
         known: dict[str, Statistics] = {}
         folded: set[str] = set()
+        passed_on: list[_Batch] = []
         if self._scaler is not None:
-            known = self._observe(block, batches, self._scaler.wanted)
+            known, passed_on = self._observe(block, batches, self._scaler.wanted)
             for site in config.family.sites:
-                folded |= self._scale_site(block, site, known[site.name], self._scaler)
+                folded |= self._scale_site(block, site, prefix, known[site.name], self._scaler)
+        once = self._scaler is not None and not self._rounder.wanted  # the scaler has seen all there is to see
         original = DecoderBlock(config, dict(block.tensors))
         stored: dict[str, Stored] = {}
         for site in config.family.sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
-            batches = self._enter(block, original, site, batches, statistics)
+            if not once:
+                batches = self._enter(block, original, site, batches, statistics)
             stored |= self._round_site(block, site, prefix, statistics)
-        outputs = list(self._map(lambda batch: batch.leave(block, original), batches))
+        outputs = passed_on if once else list(self._map(lambda batch: batch.leave(block, original), batches))
         tensors = {name: to_torch(value) for name, value in stored.items()}
         for name in config.block_shapes():
             if name.removesuffix(".weight") in self._linears():
@@ -125,32 +129,41 @@ class Driver:
             tensors[f"{prefix}.{name}"] = block.tensors[name].to(plain.dtype) if name in folded else plain
         return tensors, outputs
 
-    def _observe(self, block: DecoderBlock, batches: list[_Batch], wanted: frozenset[str]) -> dict[str, Statistics]:
-        """Statistics of every site's input under the original weights."""
-        found = {site.name: Statistics() for site in self._config.family.sites}
+    def _observe(
+        self, block: DecoderBlock, batches: list[_Batch], wanted: frozenset[str]
+    ) -> tuple[dict[str, Statistics], list[_Batch]]:
+        """Statistics of every site's input under the original weights, and the block's outputs under them."""
+        found, passed_on = {site.name: Statistics() for site in self._config.family.sites}, []
 
-        def run(batch: _Batch) -> list[Statistics]:
+        def run(batch: _Batch) -> tuple[list[Statistics], _Batch]:
             state, seen = batch.ours, []
             for site in self._config.family.sites:
                 state = block.enter(site, state, self._rotary)
-                seen.append(Statistics.of(state.site_input, wanted))
-            return seen
+                seen.append(Statistics.of(state.site_input, wanted, sample_every=self._sample_every))
+            return seen, _Batch.start(block.leave(state), None)
 
-        for seen in self._map(run, batches):
+        for seen, output in self._map(run, batches):
+            passed_on.append(output)
             for statistics, part in zip(found.values(), seen, strict=True):
                 statistics.add(part)
-        return found
+        return found, passed_on
 
-    def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
+    def _scale_site(
+        self, block: DecoderBlock, site: Site, prefix: str, statistics: Statistics, scaler: Scaler
+    ) -> set[str]:
         """Fold the method's scale into the block; returns the tensors other than linears' weights that it changed."""
-        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site, self._config))
+        schemes = {name: self._settings.scheme_of(f"{prefix}.{name}") for name in site.linears}
+        scheme = min((s for s in schemes.values() if s is not None), key=lambda s: s.bits, default=None)
+        if scheme is None:
+            return set()
+        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears if schemes[name] is not None])
+        scale_I = scaler.scale(
+            site, weight_OI, statistics, scheme, lambda scale_I: tie_heads(scale_I, site, self._config)
+        )
         if scale_I is None:
             return set()
         dtype = self._checkpoint.tensors[f"{self._config.block(0)}.{site.scaled_by}.weight"].dtype
-        scale_I = fold_scale(block, site, scale_I, self._config, dtype)
-        if statistics.hessian_II is not None:
-            statistics.hessian_II /= torch.outer(scale_I, scale_I)
+        statistics.divide(fold_scale(block, site, scale_I, self._config, dtype))
         return {f"{site.scaled_by}.weight", f"{site.scaled_by}.bias"}
 
     def _enter(
@@ -163,9 +176,11 @@ class Driver:
             batch = batch.enter(block, original, site, self._rotary)
             ours, theirs = batch.ours, batch.original
             if theirs is None:
-                return batch, Statistics.of(ours.site_input, wanted)
+                return batch, Statistics.of(ours.site_input, wanted, sample_every=self._sample_every)
             ahead = theirs.residual_BTH - ours.residual_BTH if site.adds else None
-            return batch, Statistics.of(ours.site_input, wanted, theirs.site_input, ahead)
+            return batch, Statistics.of(
+                ours.site_input, wanted, theirs.site_input, ahead, sample_every=self._sample_every
+            )
 
         moved = []
         for batch, part in self._map(run, batches):
@@ -175,30 +190,47 @@ class Driver:
 
     def _round_site(self, block: DecoderBlock, site: Site, prefix: str, statistics: Statistics) -> dict[str, Stored]:
         """Replace the site's weights in the block by their rounded selves; returns their encoding."""
-        rows = [len(block.tensors[f"{name}.weight"]) for name in site.linears]
-        weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in site.linears])
-        aim_OI, rounded = self._round(weight_OI, statistics, f"{prefix}.{site.name}")
-        input_scale = None
-        if self._scheme.activations == "static" and statistics.abs_max_I is not None:
-            input_scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
+        alike: dict[Scheme | None, list[str]] = {}
+        for name in site.linears:
+            alike.setdefault(self._settings.scheme_of(f"{prefix}.{name}"), []).append(name)
         stored: dict[str, Stored] = {}
-        for name, wanted_OI, part in zip(site.linears, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
-            block.tensors[f"{name}.weight"] = part.dequantize()
-            if self._scheme.activations != "none":
-                block.input_transform[name] = int8_input(input_scale)
-            self._note_error(f"{prefix}.{name}", block.tensors[f"{name}.weight"], wanted_OI, statistics)
-            stored |= self._encode(f"{prefix}.{name}", part, input_scale)
+        for scheme, names in alike.items():
+            if scheme is None:
+                stored |= self._keep(block, names, prefix)
+                continue
+            rows = [len(block.tensors[f"{name}.weight"]) for name in names]
+            weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in names])
+            aim_OI, rounded, scale = self._round(weight_OI, statistics, scheme, f"{prefix}.{site.name}", rows)
+            for name, wanted_OI, part in zip(names, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
+                block.tensors[f"{name}.weight"] = part.dequantize()
+                if scheme.activations != "none":
+                    block.input_transform[name] = int8_input(scale)
+                self._note_error(f"{prefix}.{name}", block.tensors[f"{name}.weight"], wanted_OI, statistics)
+                stored |= self._encode(f"{prefix}.{name}", part, scale)
         return stored
 
-    def _round(self, weight_OI: torch.Tensor, statistics: Statistics, where: str) -> tuple[torch.Tensor, Rounded]:
-        """What the rounding aimed at, and what came out."""
-        context: Context = self._rounder.prepare(statistics)
+    def _keep(self, block: DecoderBlock, names: list[str], prefix: str) -> dict[str, Stored]:
+        """Leave linears plain, as the scales that were folded into them have made them."""
+        stored: dict[str, Stored] = {}
+        for name in names:
+            kept = block.tensors[f"{name}.weight"].numpy()
+            dtype = self._checkpoint.tensors[f"{prefix}.{name}.weight"].dtype
+            stored[f"{prefix}.{name}.weight"] = store_float(kept, dtype)
+        return stored
+
+    def _round(
+        self, weight_OI: torch.Tensor, statistics: Statistics, scheme: Scheme, where: str, rows: list[int]
+    ) -> tuple[torch.Tensor, Rounded, float | None]:
+        """What the rounding aimed at, what came out, and the static scale of the input."""
+        context: Context = self._rounder.prepare(statistics, scheme)
         self._events += [f"{where}: {event}" for event in context.events]
         aim_OI = context.aim(weight_OI)
-        return aim_OI, Rounded.stack(list(self._map(context.round, torch.split(aim_OI, _ROWS))))
+        parts = torch.split(aim_OI, rows if scheme.group_size == 0 else _ROWS)
+        scale = None if context.input_scale is None else context.input_scale(weight_OI)
+        return aim_OI, Rounded.stack(list(self._map(context.round, parts))), scale
 
     def _encode(self, prefix: str, rounded: Rounded, input_scale: float | None) -> dict[str, Stored]:
-        tensors = self._format.encode(rounded.export(), self._scheme, self._config.dtype, input_scale)
+        tensors = self._format.encode(rounded.export(), rounded.scheme, self._config.dtype, input_scale)
         return {f"{prefix}.{suffix}": value for suffix, value in tensors.items()}
 
     def _finish(self, batches: list[_Batch]) -> dict[str, torch.Tensor]:
@@ -223,21 +255,21 @@ class Driver:
                 for state in (batch.ours, batch.original)
             )
             assert ours is not None
-            return Statistics.of(ours, wanted, theirs)
+            return Statistics.of(ours, wanted, theirs, sample_every=self._sample_every)
 
         for part in self._map(run, batches):
             statistics.add(part)
-        aim_OI, rounded = self._round(weight_OI, statistics, family.head)
+        scheme = self._settings.scheme_of(family.head)
+        if scheme is None:
+            return tensors | {name: self._checkpoint.tensor(name)}
+        aim_OI, rounded, scale = self._round(weight_OI, statistics, scheme, family.head, [len(weight_OI)])
         self._note_error(family.head, rounded.dequantize(), aim_OI, statistics)
-        scale = None
-        if self._scheme.activations == "static" and statistics.abs_max_I is not None:
-            scale = float(exact_scale(statistics.abs_max_I.max() / 127.5))
         return tensors | {n: to_torch(v) for n, v in self._encode(family.head, rounded, scale).items()}
 
     def _outcome(self, writer: CheckpointWriter, out: Path) -> Outcome:
         head = self._settings.common.lm_head
         config = {k: v for k, v in self._checkpoint.config.items() if k != "quantization_config"}
-        config["quantization_config"] = self._format.config(self._scheme, head=head)
+        config["quantization_config"] = self._format.config(self._settings.method.scheme, head=head)
         total = writer.finish(config)
         copy_companions(self._checkpoint.path, out)
         errors = list(self._errors.values())

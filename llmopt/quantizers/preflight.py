@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -44,24 +45,49 @@ def calibration_windows(
     return windows(tokens, count=common.samples, length=common.seq_len, seed=common.seed, what="calibration text")
 
 
+def linear_shapes(config: DecoderConfig, settings: QuantizeSettings) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear that the settings can speak of, by its full name: those of the blocks, and the head."""
+    blocks = {
+        f"{config.block(index)}.{name}": config.linear_shape(name)
+        for index in range(config.layers)
+        for site in config.family.sites
+        for name in site.linears
+    }
+    head = {config.family.head: (config.vocab_size, config.hidden_size)} if settings.common.lm_head else {}
+    return blocks | head
+
+
 def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
-    scheme, layout = settings.method.scheme, get_format(settings.common.format).layout
-    linears = {name: config.linear_shape(name) for site in config.family.sites for name in site.linears}
-    if settings.common.lm_head:
-        if config.tie_embeddings:
-            raise SettingsError(
-                "`lm_head` cannot be quantized: the model ties it to its embedding", hint="leave `lm_head` out"
-            )
-        linears[config.family.head] = (config.vocab_size, config.hidden_size)
+    if settings.common.lm_head and config.tie_embeddings:
+        raise SettingsError(
+            "`lm_head` cannot be quantized: the model ties it to its embedding", hint="leave `lm_head` out"
+        )
+    layout, linears = get_format(settings.common.format).layout, linear_shapes(config, settings)
+    _check_overrides(config, settings, list(linears))
     for name, shape in linears.items():
-        if scheme.group_size != -1 and shape[1] % scheme.group_size:
+        scheme = settings.scheme_of(name)
+        if scheme is None:
+            continue
+        if scheme.group_size > 0 and shape[1] % scheme.group_size:
             fitting = [size for size in (128, 64, 32) if all(s[1] % size == 0 for s in linears.values())]
             use = f"use `group_size: {fitting[0]}`" if fitting else "use `group_size: -1`"
             raise SettingsError(
                 f"`{name}` has {shape[1]} in-features, which a group size of {scheme.group_size} does not divide",
-                hint=f"{use}",
+                hint=use,
             )
         layout(shape, scheme)
+
+
+def _check_overrides(config: DecoderConfig, settings: QuantizeSettings, names: list[str]) -> None:
+    for pattern in settings.common.overrides:
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        hint = f"linears are named like `{names[0]}`, and `*` stands for any part of a name"
+        if fnmatchcase(config.family.head, pattern):
+            hint = "the head is quantized only with `lm_head: true`"
+        raise SettingsError(f"no linear of the model matches the pattern `{pattern}` of `overrides`", hint=hint)
+    if all(settings.scheme_of(name) is None for name in names):
+        raise SettingsError("`overrides` skips every linear of the model", hint="skip fewer")
 
 
 def _check_finite(checkpoint: Checkpoint) -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock
 from llmopt.models.families import Site, V
-from llmopt.quantizers.base import Statistics
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-def tie_heads(statistics: Statistics, site: Site, config: DecoderConfig) -> Statistics:
-    """Give channels that must have one scale one statistic: where V makes them, the query heads of a KV head.
-
-    The mean of the sums, the largest of the maxima; the Hessian stays as it is.
-    """
+def tie_heads(scale_I: torch.Tensor, site: Site, config: DecoderConfig) -> torch.Tensor:
+    """Give channels that must have one scale their geometric mean: where V makes them, the query heads of a KV head."""
     if site.scaled_by != V or config.heads == config.kv_heads:
-        return statistics
+        return scale_I
     shape = (config.kv_heads, config.heads // config.kv_heads, config.head_dim)
-    tied = replace(statistics)
-    if statistics.abs_sum_I is not None:
-        tied.abs_sum_I = statistics.abs_sum_I.view(shape).mean(1, keepdim=True).expand(shape).reshape(-1)
-    if statistics.abs_max_I is not None:
-        tied.abs_max_I = statistics.abs_max_I.view(shape).amax(1, keepdim=True).expand(shape).reshape(-1)
-    return tied
+    return scale_I.view(shape).log().mean(1, keepdim=True).exp().expand(shape).reshape(-1)
 
 
 def fold_scale(
