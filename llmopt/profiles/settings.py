@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import types
 import typing
@@ -18,7 +19,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Make `cls` (a keyword-only dataclass) from `values`; `where` names the section in messages.
 
     An unknown key or a value of the wrong type is a `SettingsError`; ranges are checked by the class itself
-    in `__post_init__`. An int is taken for a float, a list for a tuple, nothing else is converted.
+    in `__post_init__`. An int is taken for a float, a list for a tuple, a mapping for a dataclass, and a list of pairs
+    for a mapping, nothing else is converted.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -42,6 +44,11 @@ def to_json(settings: object) -> dict[str, Json]:
 
 
 def _plain(value: Any) -> Json:
+    """A mapping becomes pairs: its order counts here, and canonical JSON sorts the keys of an object."""
+    if isinstance(value, Mapping):
+        return [[key, _plain(item)] for key, item in value.items()]
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
@@ -50,10 +57,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(hint):
             return None
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
-        if len(options) == 1:
-            return _convert(value, options[0], where)
-        raise TypeError(f"{where}: a union of several types is not supported")
+        return _first_that_fits(value, [a for a in typing.get_args(hint) if a is not type(None)], where)
     if origin is Literal:
         known = typing.get_args(hint)
         if value not in known or isinstance(value, bool) != isinstance(next(k for k in known if k == value), bool):
@@ -62,6 +66,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(item, typing.get_args(hint)[0], where) for item in items)
+    if origin is collections.abc.Mapping:
+        return _mapping(value, typing.get_args(hint)[1], where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast("type[Any]", hint), value, where=where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
@@ -69,9 +77,31 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+def _first_that_fits(value: Any, hints: list[Any], where: str) -> Any:
+    """`value` as the first of several types that takes it; the error of the last type where none does."""
+    for hint in hints[:-1]:
+        try:
+            return _convert(value, hint, where)
+        except SettingsError:
+            continue
+    return _convert(value, hints[-1], where)
+
+
+def _mapping(value: Any, hint: Any, where: str) -> dict[str, Any]:
+    """From a mapping, or from the pairs that `to_json` makes of it."""
+    try:
+        items = dict(value)
+    except (TypeError, ValueError):
+        raise SettingsError(f"`{where}` must be a mapping, not `{value}`", hint="write `name: ...` below it") from None
+    return {str(key): _convert(item, hint, f"{where}.{key}") for key, item in items.items()}
+
+
 def _name(hint: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(hint, "a mapping" if dataclasses.is_dataclass(hint) else hint.__name__)
 
 
 def _example(hint: type) -> str:
+    if dataclasses.is_dataclass(hint):
+        return f"`{{{next(iter(dataclasses.fields(hint))).name}: ...}}`"
     return {int: "`128`", float: "`0.01`", bool: "`true`", str: "`gptq`"}.get(hint, hint.__name__)

@@ -6,6 +6,7 @@ in-features of one group, N tokens. Everything is float32 on the CPU; codes are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,11 +15,17 @@ import torch
 
 from llmopt.formats.base import QuantizedWeight
 from llmopt.formats.scheme import Scheme
+from llmopt.quantizers import fp8
 
 #: Does a function for every item, in any order, with results in theirs: `map`, or `Workers.map`.
 Each: TypeAlias = Callable[[Callable[[int], None], Iterable[int]], Iterator[None]]
 _STRIPE = 512  # columns of a Hessian that are added to at once
+SAMPLED = 512  # tokens of a site's input that are kept, about, and rows of its weights that a search looks at
 SHRINK = tuple(1.0 - 0.05 * step for step in range(11))  # shares of a group's range that are tried: to a half
+
+
+#: Of a scale_I, the nearest in which channels that must share one scale do.
+Tie: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +41,16 @@ class Grid:
 
         Scales are rounded so that BF16 and F16 both hold them (formats.base.exact_scale has the same rule).
         """
+        low_OG, high_OG = weight_OGS.amin(dim=2).clamp(max=0), weight_OGS.amax(dim=2).clamp(min=0)
+        return cls.between(low_OG * shrink, high_OG * shrink, scheme)
+
+    @classmethod
+    def between(cls, low_OG: torch.Tensor, high_OG: torch.Tensor, scheme: Scheme) -> Grid:
+        """The grid over a range of each group that holds zero; a symmetric one over the larger of its two sides."""
         levels = (1 << scheme.bits) - 1
         if scheme.symmetric:
-            scale_OG = exact_scale(weight_OGS.abs().amax(dim=2) * (2 * shrink / levels))
+            scale_OG = exact_scale(torch.maximum(-low_OG, high_OG) * (2 / levels))
             return cls(scale_OG, torch.full_like(scale_OG, 1 << (scheme.bits - 1)))
-        low_OG = weight_OGS.amin(dim=2).clamp(max=0) * shrink
-        high_OG = weight_OGS.amax(dim=2).clamp(min=0) * shrink
         scale_OG = exact_scale((high_OG - low_OG) / levels)
         return cls(scale_OG, (-low_OG / scale_OG).round().clamp(0, levels))
 
@@ -75,13 +86,15 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits)."""
+    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits); of FP8, its bit patterns."""
 
     codes_OI: torch.Tensor
     grid: Grid
     scheme: Scheme
 
     def dequantize(self) -> torch.Tensor:
+        if self.scheme.kind == "float":
+            return fp8.from_codes(self.codes_OI) * self.grid.scale_OG
         return self.grid.value(grouped(self.codes_OI, self.scheme)).reshape(self.codes_OI.shape)
 
     def split(self, rows: Sequence[int]) -> list[Rounded]:
@@ -120,6 +133,8 @@ class Statistics:
 
     tokens: int = 0
     hessian_II: torch.Tensor | None = None  # sum of x x^T over tokens; below its diagonal until `finish`
+    blocks_BSS: torch.Tensor | None = None  # its diagonal blocks alone, of block_size(I) channels
+    sample_NI: torch.Tensor | None = None  # some of the tokens' x, evenly spaced
     abs_sum_I: torch.Tensor | None = None  # sum of |x|
     abs_max_I: torch.Tensor | None = None  # max of |x|
     cross_II: torch.Tensor | None = None  # sum of o x^T
@@ -132,9 +147,10 @@ class Statistics:
         *,
         original: torch.Tensor | None = None,
         ahead: torch.Tensor | None = None,
+        sample_every: int = 1,
         each: Each = map,
     ) -> None:
-        """Add one batch; x and `original` are [..., I], `ahead` is [..., O].
+        """Add one batch; x and `original` are [..., I], `ahead` is [..., O]. Every how many tokens one is sampled.
 
         `each` does independent pieces of the products, on all cores say. Every sum is over the batches in the order in
         which they are taken, so the bytes depend on nothing else.
@@ -147,6 +163,12 @@ class Statistics:
         if "abs_max" in wanted:
             max_I = x_NI.abs().amax(dim=0) if len(x_NI) else torch.zeros(x_NI.shape[1])
             self.abs_max_I = max_I if self.abs_max_I is None else torch.maximum(self.abs_max_I, max_I)
+        if "blocks" in wanted:
+            blocks_BSS = _diagonal_blocks(x_NI)
+            self.blocks_BSS = blocks_BSS if self.blocks_BSS is None else self.blocks_BSS.add_(blocks_BSS)
+        if "sample" in wanted:
+            sample_NI = x_NI[sample_every // 2 :: sample_every].clone()
+            self.sample_NI = sample_NI if self.sample_NI is None else torch.cat((self.sample_NI, sample_NI))
         if "hessian" in wanted:
             self.hessian_II = _add_product(self.hessian_II, x_NI, x_NI, each, lower=True)
         if original is not None:
@@ -161,6 +183,17 @@ class Statistics:
                 stripe = slice(start, start + _STRIPE)
                 self.hessian_II[stripe, start:] = self.hessian_II[start:, stripe].T.contiguous()
         return self
+
+    def divide(self, scale_I: torch.Tensor) -> None:
+        """Make them those of x / scale_I, in place. Not for those that compare with the original."""
+        if self.hessian_II is not None:
+            self.hessian_II /= torch.outer(scale_I, scale_I)
+        if self.blocks_BSS is not None:
+            scale_BS = scale_I.view(len(self.blocks_BSS), -1)
+            self.blocks_BSS /= scale_BS[:, :, None] * scale_BS[:, None]
+        for values in (self.sample_NI, self.abs_sum_I, self.abs_max_I):
+            if values is not None:
+                values /= scale_I
 
 
 def _add_product(
@@ -178,6 +211,21 @@ def _add_product(
     return total_JI
 
 
+def block_size(channels: int) -> int:
+    """Of `Statistics.blocks_BSS`: the largest power of two up to 128 that divides the channels, as group sizes do."""
+    return math.gcd(channels, 128)
+
+
+def sample_every(tokens: int) -> int:
+    """So that about SAMPLED of all tokens are sampled; odd, so that windows are not sampled at the same positions."""
+    return max(1, tokens // SAMPLED) | 1
+
+
+def _diagonal_blocks(x_NI: torch.Tensor) -> torch.Tensor:
+    x_BNS = x_NI.view(len(x_NI), -1, block_size(x_NI.shape[1])).transpose(0, 1)
+    return torch.bmm(x_BNS.transpose(1, 2), x_BNS)
+
+
 def grouped(weight_OI: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """[O, G, S] view of [O, I]."""
     rows, columns = weight_OI.shape
@@ -192,3 +240,8 @@ def exact_scale(scale: torch.Tensor) -> torch.Tensor:
 def output_error(error_OI: torch.Tensor, hessian_II: torch.Tensor) -> torch.Tensor:
     """Sum over calibration tokens of |error x|^2, from the Hessian alone: tr(error H error^T). A scalar."""
     return ((error_OI @ hessian_II) * error_OI).sum()
+
+
+def some_rows(weight_OI: torch.Tensor) -> torch.Tensor:
+    """At most SAMPLED of the rows, evenly spaced: enough to compare scales by the sum of the rows' errors."""
+    return weight_OI[:: -(-len(weight_OI) // SAMPLED)]

@@ -30,7 +30,8 @@ from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
 from llmopt.models.writer import CheckpointWriter, Writable, write_json
 from llmopt.quantizers import errors_report
-from llmopt.quantizers.base import Rounded, Statistics, exact_scale
+from llmopt.quantizers.activations import kv_scales
+from llmopt.quantizers.base import Rounded, Statistics, sample_every
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
 from llmopt.quantizers.memory import BATCH_TOKENS, ROWS, shelf_bytes
@@ -51,6 +52,11 @@ class _Part:
     tensors: Tensors = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)  # relative, by linear
+    kv_peak: torch.Tensor | None = None  # the largest |key| and |value|, where they are watched
+
+    def note_peak(self, batch: Batch) -> None:
+        if (peak := batch.ours.kept.get("kv_peak")) is not None:
+            self.kv_peak = peak if self.kv_peak is None else torch.maximum(self.kv_peak, peak)
 
 
 class Driver:
@@ -72,6 +78,9 @@ class Driver:
         self._schemes = self._resolve_schemes()
         self._format = get_format(settings.common.format)
         self._scaler, self._rounder = method_of(settings.method)
+        # What the scaler sees is all there is to see: then the original's activations are passed on.
+        self._once = self._scaler is not None and not self._rounder.wanted
+        self._sample_every = 1 if windows is None else sample_every(windows.size)
         if windows is not None:
             self._tables = position_tables(config, windows.shape[1])
 
@@ -157,8 +166,9 @@ class Driver:
         tensors: dict[str, TensorInfo] = {}
         for file in sorted(out.glob("model-*.safetensors")):
             tensors |= read_header(file)
-        quantization = self._format.config(self._schemes)
-        for beside in self._format.extra_files(self._schemes).values():
+        kv_cache = self._settings.common.kv_cache
+        quantization = self._format.config(self._schemes, kv_cache=kv_cache)
+        for beside in self._format.extra_files(self._schemes, kv_cache).values():
             quantization |= beside
         config = {**self._checkpoint.config, "quantization_config": quantization}
         self._replay(shelf, Checkpoint(out, config, tensors), range(first, done))
@@ -169,7 +179,9 @@ class Driver:
         reader = open_quantized(written)
         for index in blocks:
             block = load_block(written, self._config, reader, index)
-            original = load_block(self._checkpoint, self._config, None, index) if self._rounder.compares else block
+            plain = self._rounder.compares or self._once
+            original = load_block(self._checkpoint, self._config, None, index) if plain else block
+            block = original if self._once else block
             block.half = original.half = self._half
             for site in self._config.sites(index):
                 self._enter(block, original, site, shelf)
@@ -194,11 +206,11 @@ class Driver:
         block = load_block(self._checkpoint, config, None, index)
         if index + 1 < config.layers:
             self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes(index + 1))
-        block.half = self._half
+        block.half, block.watch_kv = self._half, self._settings.common.kv_cache != "none"
         known: dict[str, Statistics] = {}
         folded: set[str] = set()
         if self._scaler is not None:
-            known = self._observe(block, shelf, self._scaler.wanted)
+            known = self._observe(block, shelf, self._scaler, part)
             for site in sites:
                 folded |= self._scale_site(block, site, known[site.name], self._scaler)
             for name in folded & block.tensors.keys() - self._quantized(index):
@@ -209,11 +221,17 @@ class Driver:
         )
         for site in sites:
             statistics = Statistics() if self._rounder.wanted else known.get(site.name, Statistics())
-            self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None)
+            if not self._once:
+                self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None, part)
             self._round_site(block, site, statistics, part)
-        self._leave(block, original, shelf)
+        if not self._once:
+            self._leave(block, original, shelf)
         for name in config.block_shapes(index).keys() - self._quantized(index):
             part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
+        if part.kv_peak is not None:
+            scales = self._format.encode_kv(*kv_scales(part.kv_peak, self._settings.common.kv_cache))
+            attention = config.family.o.rpartition(".")[0]
+            part.tensors |= {f"{prefix}.{attention}.{suffix}": to_torch(value) for suffix, value in scales.items()}
         return part
 
     def _quantized(self, index: int) -> set[str]:
@@ -225,21 +243,24 @@ class Driver:
         """A tensor that is not quantized: as it was, or in its own dtype."""
         return value.to(_DTYPES[self._checkpoint.tensors[name].dtype]) if changed else self._checkpoint.source(name)
 
-    def _observe(self, block: DecoderBlock, shelf: Shelf, wanted: frozenset[str]) -> dict[str, Statistics]:
-        """Statistics of every site's input under the original weights."""
+    def _observe(self, block: DecoderBlock, shelf: Shelf, scaler: Scaler, part: _Part) -> dict[str, Statistics]:
+        """Statistics of every site's input under the original weights; with `_once`, the outputs are shelved too."""
         sites = self._config.sites(block.index)
         found = {site.name: Statistics() for site in sites}
 
-        def inputs(number: int) -> list[torch.Tensor]:
-            batch, seen = shelf.get(number), []
+        def walk(number: int) -> tuple[list[torch.Tensor], Batch]:
+            batch, seen = replace(shelf.get(number), original=None), []
             for site in sites:
                 batch = batch.enter(block, block, site, self._tables)
                 seen.append(batch.ours.site_input)
-            return seen
+            return seen, batch
 
-        for seen in self._map(inputs, shelf.numbers()):
+        for number, (seen, batch) in zip(shelf.numbers(), self._map(walk, shelf.numbers()), strict=True):
             for statistics, site_input in zip(found.values(), seen, strict=True):
-                statistics.take(site_input, wanted, each=self._map)
+                statistics.take(site_input, scaler.wanted, sample_every=self._sample_every, each=self._map)
+            if self._once:
+                part.note_peak(batch)
+                shelf.put(number, batch.leave(block, block))
         return {name: statistics.finish() for name, statistics in found.items()}
 
     def _scale_site(self, block: DecoderBlock, site: Site, statistics: Statistics, scaler: Scaler) -> set[str]:
@@ -251,14 +272,13 @@ class Driver:
         schemes = {name: scheme for name in site.linears if (scheme := self._schemes[f"{prefix}.{name}"])}
         if not schemes:
             return set()
+        coarsest = min(schemes.values(), key=lambda scheme: scheme.bits)
         weight_OI = torch.cat([block.tensors[f"{name}.weight"] for name in schemes])
-        scale_I = scaler.scale(site, weight_OI, tie_heads(statistics, site), next(iter(schemes.values())))
+        scale_I = scaler.scale(site, weight_OI, statistics, coarsest, lambda scale_I: tie_heads(scale_I, site))
         if scale_I is None:
             return set()
         dtype = self._checkpoint.tensors[f"{prefix}.{fold.name}.weight"].dtype
-        scale_I = fold_scale(block, site, scale_I, dtype)
-        if statistics.hessian_II is not None:
-            statistics.hessian_II /= torch.outer(scale_I, scale_I)
+        statistics.divide(fold_scale(block, site, scale_I, dtype))
         plain = {f"{name}.weight" for name in site.linears if name not in schemes}
         return plain | {f"{fold.name}.weight", f"{fold.name}.bias"}
 
@@ -269,10 +289,13 @@ class Driver:
         site: Site,
         shelf: Shelf,
         statistics: Statistics | None = None,
+        part: _Part | None = None,
     ) -> None:
         """Walk all batches to the site's input, adding to `statistics` what the rounding wants of it."""
 
         def see(batch: Batch) -> None:
+            if part is not None:
+                part.note_peak(batch)
             # The original may route other tokens to an expert: there is nothing to compare with.
             ours, theirs = batch.ours, batch.original if site.expert is None else None
             if statistics is not None:
@@ -281,6 +304,7 @@ class Driver:
                     self._rounder.wanted,
                     original=None if theirs is None else theirs.site_input,
                     ahead=theirs.residual_BTH - ours.residual_BTH if theirs is not None and site.adds else None,
+                    sample_every=self._sample_every,
                     each=self._map,
                 )
 
@@ -316,10 +340,11 @@ class Driver:
         """
         context = self._prepare(statistics, scheme)
         part.events += [f"{where}: {event}" for event in context.events]
-        aim_OI = context.aim(torch.cat(list(weights.values())))
-        rounded = Rounded.stack(list(self._map(context.round, torch.split(aim_OI, ROWS))))
-        input_scale = input_scale_of(statistics, scheme)
-        rows = [len(weight) for weight in weights.values()]
+        weight_OI, rows = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
+        aim_OI = context.aim(weight_OI)
+        parts = torch.split(aim_OI, rows if scheme.group_size == 0 else ROWS)
+        rounded = Rounded.stack(list(self._map(context.round, parts)))
+        input_scale = None if context.input_scale is None else context.input_scale(weight_OI)
         values: dict[str, torch.Tensor] = {}
         for name, wish_OI, own in zip(weights, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
             values[name] = own.dequantize()
@@ -364,15 +389,18 @@ class Driver:
                 None if state is None else norm(state.residual_BTH) for state in (batch.ours, batch.original)
             )
             assert ours is not None
-            statistics.take(ours, wanted, original=theirs, each=self._map)
+            statistics.take(ours, wanted, original=theirs, sample_every=self._sample_every, each=self._map)
         self._round({family.head: weight_OI}, statistics.finish(), scheme, family.head, part)
         return part
 
     # -- telling
 
     def _outcome(self, writer: CheckpointWriter, out: Path, journal: Journal, records: list[dict[str, Any]]) -> Outcome:
-        total = writer.finish({**self._checkpoint.config, "quantization_config": self._format.config(self._schemes)})
-        for name, values in self._format.extra_files(self._schemes).items():
+        kv_cache = self._settings.common.kv_cache
+        total = writer.finish(
+            {**self._checkpoint.config, "quantization_config": self._format.config(self._schemes, kv_cache=kv_cache)}
+        )
+        for name, values in self._format.extra_files(self._schemes, kv_cache).items():
             write_json(out / name, values)
         copy_companions(self._checkpoint.path, out)
         journal.tidy()
@@ -423,14 +451,6 @@ def _same(value: Writable, written: Checkpoint, name: str) -> bool:
         return value.size == written.tensors[name].size and value.shape == written.tensors[name].shape
     theirs = written.tensor(name)
     return value.dtype == theirs.dtype and torch.equal(value.view(torch.uint8), theirs.view(torch.uint8))
-
-
-def input_scale_of(statistics: Statistics, scheme: Scheme) -> float | None:
-    """The static scale of a site's input; None unless activations are static."""
-    if scheme.activations != "static" or statistics.abs_max_I is None:
-        return None
-    steps = 127.5 if scheme.kind == "int" else 448.0
-    return float(exact_scale(statistics.abs_max_I.max() / steps))
 
 
 def input_rounding(scheme: Scheme, input_scale: float | None) -> InputTransform:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.formats.reading import get_format
+from llmopt.formats.reading import get_format, linears
+from llmopt.formats.scheme import check_schemes
 from llmopt.models.adapter import open_checkpoint, plain_parts
 from llmopt.models.checkpoint import FLOATS, Checkpoint
 from llmopt.models.config import DecoderConfig
@@ -71,27 +73,37 @@ def _check_positions(seq_len: int, config: DecoderConfig) -> None:
         )
 
 
+def linear_shapes(config: DecoderConfig, settings: QuantizeSettings) -> dict[str, tuple[int, int]]:
+    """(O, I) of every linear that the settings can speak of, by its full name: those of the blocks, and the head."""
+    found = linears(config)
+    if not settings.common.lm_head:
+        found.pop(config.family.head, None)
+    return found
+
+
 def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
-    scheme, layout = settings.method.scheme, get_format(settings.common.format).layout
-    if config.mixture is not None and scheme.activations == "static":
+    if config.mixture is not None and settings.method.scheme.activations == "static":
         raise SettingsError(
             "the experts of a mixture cannot have static activation scales: some may see no calibration token",
             hint="use `activations: dynamic`",
         )
-    linears = {name: shape for index in range(config.layers) for name, shape in config.linear_shapes(index).items()}
-    if settings.common.lm_head:
-        if config.tie_embeddings:
-            raise SettingsError(
-                "`lm_head` cannot be quantized: the model ties it to its embedding", hint="leave `lm_head` out"
-            )
-        linears[config.family.head] = (config.vocab_size, config.hidden_size)
-    for name, shape in linears.items():
-        if scheme.group_size != -1 and shape[1] % scheme.group_size:
-            fitting = [size for size in (128, 64, 32) if all(s[1] % size == 0 for s in linears.values())]
+    if settings.common.lm_head and config.tie_embeddings:
+        raise SettingsError(
+            "`lm_head` cannot be quantized: the model ties it to its embedding", hint="leave `lm_head` out"
+        )
+    layout, shapes = get_format(settings.common.format).layout, linear_shapes(config, settings)
+    _check_overrides(config, settings, list(shapes))
+    check_schemes(settings.common.format, {name: settings.scheme_of(name) for name in shapes}, settings.common.kv_cache)
+    for name, shape in shapes.items():
+        scheme = settings.scheme_of(name)
+        if scheme is None:
+            continue
+        if scheme.group_size > 0 and shape[1] % scheme.group_size:
+            fitting = [size for size in (128, 64, 32) if all(s[1] % size == 0 for s in shapes.values())]
             use = f"use `group_size: {fitting[0]}`" if fitting else "use `group_size: -1`"
             raise SettingsError(
                 f"`{name}` has {shape[1]} in-features, which a group size of {scheme.group_size} does not divide",
-                hint=f"{use}",
+                hint=use,
             )
         layout(shape, scheme)
 
@@ -102,6 +114,18 @@ def _computed_with(config: DecoderConfig) -> set[str]:
     for index in range(config.layers):
         names |= {f"{config.block(index)}.{name}" for name in config.block_shapes(index)}
     return names
+
+
+def _check_overrides(config: DecoderConfig, settings: QuantizeSettings, names: list[str]) -> None:
+    for pattern in settings.common.overrides:
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        hint = f"linears are named like `{names[0]}`, and `*` stands for any part of a name"
+        if fnmatchcase(config.family.head, pattern):
+            hint = "the head is quantized only with `lm_head: true`"
+        raise SettingsError(f"no linear of the model matches the pattern `{pattern}` of `overrides`", hint=hint)
+    if all(settings.scheme_of(name) is None for name in names):
+        raise SettingsError("`overrides` skips every linear of the model", hint="skip fewer")
 
 
 def _check_finite(checkpoint: Checkpoint, names: Container[str]) -> None:

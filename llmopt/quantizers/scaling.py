@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from llmopt.models.decoder import DecoderBlock
 from llmopt.models.families import Rows, Site
-from llmopt.quantizers.base import Statistics
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-def tie_heads(statistics: Statistics, site: Site) -> Statistics:
-    """Give channels that one row makes, and which so must have one scale, one statistic: the query heads of a KV head.
+def tie_heads(scale_I: torch.Tensor, site: Site) -> torch.Tensor:
+    """Give channels that one row makes, and which so must have one scale, their geometric mean.
 
-    The mean of the sums, the largest of the maxima; the Hessian stays as it is.
+    Those are the channels of the query heads of a KV head.
     """
     rows = None if site.scaled_by is None else site.scaled_by.rows
     if rows is None or rows.repeats == 1:
-        return statistics
+        return scale_I
     shape = (rows.count, rows.repeats, rows.size)
-    tied = replace(statistics)
-    if statistics.abs_sum_I is not None:
-        tied.abs_sum_I = statistics.abs_sum_I.view(shape).mean(1, keepdim=True).expand(shape).reshape(-1)
-    if statistics.abs_max_I is not None:
-        tied.abs_max_I = statistics.abs_max_I.view(shape).amax(1, keepdim=True).expand(shape).reshape(-1)
-    return tied
+    return scale_I.view(shape).log().mean(1, keepdim=True).exp().expand(shape).reshape(-1)
 
 
 def fold_scale(block: DecoderBlock, site: Site, scale_I: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from llmopt import evaluate, quantizers
+from llmopt import calibrate, evaluate, quantizers
 from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.errors import SettingsError
 from llmopt.formats.dequantized import load_block, load_head
@@ -54,9 +54,11 @@ def short_text(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantize(model: Path, text: Path, out: Path, **settings: Any) -> Outcome:
     resolved = quantizers.resolve({**SMALL, **settings})
-    quantizers.check(model, resolved, text)
+    common, folder = resolved.common, out.with_name(f"{out.name}-ids")
+    ids = calibrate.from_text(model, text, folder, samples=common.samples, seq_len=common.seq_len, seed=common.seed)
+    quantizers.check(model, resolved, ids)
     out.mkdir(parents=True)
-    return quantizers.quantize(model, resolved, text, out, silent)
+    return quantizers.quantize(model, resolved, ids, out, silent)
 
 
 def token_ids() -> torch.Tensor:

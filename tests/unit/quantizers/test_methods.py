@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmopt.formats.scheme import Scheme
+from llmopt.formats.scheme import Activations, Scheme
+from llmopt.quantizers import awq as awq_module
 from llmopt.quantizers import gptq as gptq_module
-from llmopt.quantizers.awq import round_clipped, search_scale
-from llmopt.quantizers.base import Grid, Statistics, exact_scale, grouped, output_error
+from llmopt.quantizers.activations import int8_input, static_scale
+from llmopt.quantizers.awq import round_groups, search_scale
+from llmopt.quantizers.base import Grid, Statistics, block_size, exact_scale, grouped, output_error
 from llmopt.quantizers.gptq import Curvature, aim, factorize, gptq, refine
 from llmopt.quantizers.rtn import rtn
-from llmopt.quantizers.smoothquant import smooth_scale
+from llmopt.quantizers.smoothquant import search_smooth_scale, smooth_scale
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
@@ -208,27 +210,77 @@ def test_awq_scaling_beats_rounding_where_channels_differ(symmetric: bool) -> No
     x_NI = correlated_inputs()
     x_NI[:, ::17] *= 20
     weight_OI, hessian_II = random(32, 128), hessian(x_NI)
-    scale_I = search_scale(weight_OI, hessian_II, x_NI.abs().mean(dim=0), scheme, grid=20)
+    scale_I = search_scale(weight_OI, hessian_II[None], x_NI.abs().mean(dim=0), scheme, grid=20)
     scaled = rtn(weight_OI * scale_I, scheme).dequantize() / scale_I
     assert output_error(scaled - weight_OI, hessian_II) < 0.5 * output_error(
         rtn(weight_OI, scheme).dequantize() - weight_OI, hessian_II
     )
 
 
-def test_awq_leaves_uniform_channels_alone() -> None:
-    scheme = Scheme(bits=4, group_size=32, symmetric=True)
-    scale_I = search_scale(random(32, 128), torch.eye(128), torch.full((128,), 0.8), scheme, grid=20)
-    assert torch.allclose(scale_I, torch.ones(128))
+def test_awq_leaves_channels_alone_where_no_scale_is_better() -> None:
+    """Where every weight is on the grid already, any scale makes it worse."""
+    scheme = Scheme(bits=4, group_size=32, symmetric=False)
+    weight_OI = (random(32, 128) * 4).round().clamp(-7, 7)
+    weight_OI[:, ::32], weight_OI[:, 1::32] = -7, 8
+    scale_I = search_scale(weight_OI, torch.eye(128)[None], random(128).abs(), scheme, grid=20)
+    assert torch.equal(scale_I, torch.ones(128))
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_clipping_never_makes_a_group_worse(symmetric: bool) -> None:
-    scheme = Scheme(bits=3, group_size=32, symmetric=symmetric)
-    weight_OI = random(32, 128) ** 3
-    hessian_II = hessian(correlated_inputs())
-    blocks_II = torch.block_diag(*[hessian_II[i : i + 32, i : i + 32] for i in range(0, 128, 32)])
-    clipped = output_error(round_clipped(weight_OI, hessian_II, scheme).dequantize() - weight_OI, blocks_II)
-    assert clipped < 0.9 * output_error(rtn(weight_OI, scheme).dequantize() - weight_OI, blocks_II)
+def test_awq_ties_channels_before_it_compares_them() -> None:
+    scheme, x_NI = Scheme(bits=4, group_size=32, symmetric=True), correlated_inputs() * torch.logspace(-1, 1, 128)
+    scale_I = search_scale(
+        random(32, 128),
+        hessian(x_NI)[None],
+        x_NI.abs().mean(dim=0),
+        scheme,
+        grid=20,
+        tie=lambda scale_I: scale_I.view(2, 64).mean(dim=0).repeat(2),
+    )
+    assert torch.equal(scale_I[:64], scale_I[64:])
+    assert scale_I.std() > 0
+
+
+@pytest.mark.parametrize("size", [32, 128])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_awq_rounds_each_group_no_worse_with_each_step(scheme: Scheme, size: int) -> None:
+    """Clipping lowers the error of every group of every row, and so does refining it."""
+    weight_OI, hessian_II = random(32, 128) ** 3, hessian(correlated_inputs())
+    blocks_BSS = torch.stack([hessian_II[i : i + size, i : i + size] for i in range(0, 128, size)])
+    group = min(size, 32 if scheme.group_size == 32 else 128)
+
+    def errors(*, clip: bool, sweeps: int) -> torch.Tensor:
+        rounded = round_groups(weight_OI, blocks_BSS, scheme, clip=clip, sweeps=sweeps)
+        assert rounded.codes_OI.min() >= 0
+        assert rounded.codes_OI.max() <= (1 << scheme.bits) - 1
+        assert torch.equal(rounded.codes_OI, rounded.codes_OI.round())
+        assert torch.equal(rounded.grid.scale_OG, exact_scale(rounded.grid.scale_OG))
+        error_OI = rounded.dequantize() - weight_OI
+        blocks_II = torch.block_diag(*[hessian_II[i : i + group, i : i + group] for i in range(0, 128, group)])
+        each_OI = (error_OI @ blocks_II) * error_OI
+        return each_OI.view(32, scheme.groups(128), -1).sum(dim=2)
+
+    plain, clipped, refined = (errors(clip=c, sweeps=s) for c, s in ((False, 0), (True, 0), (True, 3)))
+    assert (clipped <= plain * 1.0001 + 1e-6).all()
+    assert (refined <= clipped * 1.0001 + 1e-6).all()
+    assert clipped.sum() < plain.sum()
+    assert refined.sum() < 0.9 * clipped.sum()
+
+
+def test_sweeping_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OI, blocks_BSS = random(32, 128), hessian(correlated_inputs())[None]
+    scheme = Scheme(bits=4, group_size=-1, symmetric=False)
+    expected = round_groups(weight_OI, blocks_BSS, scheme, clip=False, sweeps=1).codes_OI
+    monkeypatch.setattr(awq_module, "_CHUNK", 128)
+    got = round_groups(weight_OI, blocks_BSS, scheme, clip=False, sweeps=1).codes_OI
+    assert (got != expected).float().mean() < 1e-3  # float rounding may tip a tie
+
+
+def test_a_dead_channel_stops_no_group() -> None:
+    x_NI = correlated_inputs()
+    x_NI[:, 5] = 0
+    scheme, weight_OI = Scheme(bits=4, group_size=32, symmetric=True), random(16, 128)
+    got = round_groups(weight_OI, hessian(x_NI)[None], scheme, clip=True, sweeps=1)
+    assert torch.equal(got.codes_OI[:, 5], rtn(weight_OI, scheme, got.grid).codes_OI[:, 5])
 
 
 def test_smoothing_evens_out_activations_and_weights() -> None:
@@ -250,16 +302,69 @@ def test_dead_channels_are_not_smoothed() -> None:
     assert torch.equal(scale_I, torch.tensor([1.0, 1.0, 2.0]))
 
 
+def w8a8(activations: Activations) -> Scheme:
+    return Scheme(bits=8, group_size=-1, symmetric=True, activations=activations)
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_a_searched_smoothing_is_no_worse_than_any_fixed_one(activations: Activations) -> None:
+    x_NI, weight_OI = correlated_inputs() * torch.logspace(-1, 1.5, 128), random(64, 128)
+    statistics = Statistics.of(x_NI, frozenset({"abs_max", "sample"}))
+    scheme = w8a8(activations)
+
+    def error(scale_I: torch.Tensor) -> float:
+        scaled = Statistics.of(x_NI / scale_I, frozenset({"abs_max", "sample"}))
+        step = None
+        if activations == "static":
+            step = static_scale(weight_OI * scale_I, scaled.sample_NI, scaled.abs_max_I, len(x_NI), scheme)  # type: ignore[arg-type]
+        out_NO = int8_input(x_NI / scale_I, step) @ rtn(weight_OI * scale_I, scheme).dequantize().T
+        return float((out_NO - x_NI @ weight_OI.T).square().sum())
+
+    found = error(search_smooth_scale(weight_OI, statistics, scheme, tie=lambda scale_I: scale_I))
+    assert statistics.abs_max_I is not None
+    fixed = [error(smooth_scale(weight_OI, statistics.abs_max_I, alpha)) for alpha in (0.25, 0.5, 0.75, 1.0)]
+    assert found <= min(fixed) * 1.0001
+    assert found < 0.5 * error(torch.ones(128))
+
+
 def test_statistics_add_up() -> None:
     x_NI = random(30, 8)
-    wanted = frozenset({"hessian", "abs_sum", "abs_max"})
+    wanted = frozenset({"hessian", "blocks", "abs_sum", "abs_max"})
     total = Statistics()
     for part in torch.split(x_NI, 7):
         total.add(Statistics.of(part, wanted))
     whole = Statistics.of(x_NI, wanted)
     assert total.tokens == whole.tokens == 30
-    for name in ("hessian_II", "abs_sum_I", "abs_max_I"):
+    for name in ("hessian_II", "blocks_BSS", "abs_sum_I", "abs_max_I"):
         assert torch.allclose(getattr(total, name), getattr(whole, name), atol=1e-4)
+
+
+def test_samples_of_batches_come_in_their_order() -> None:
+    x_NI, total = random(60, 8), Statistics()
+    for part in torch.split(x_NI, 20):
+        total.add(Statistics.of(part, frozenset({"sample"}), sample_every=5))
+    assert total.sample_NI is not None
+    assert torch.equal(total.sample_NI, x_NI[2::5])
+
+
+@pytest.mark.parametrize("features", [48, 96, 256])
+def test_blocks_are_those_of_the_hessian(features: int) -> None:
+    statistics = Statistics.of(random(50, features), frozenset({"hessian", "blocks"}))
+    assert statistics.hessian_II is not None
+    assert statistics.blocks_BSS is not None
+    size = block_size(features)
+    for number, block_SS in enumerate(statistics.blocks_BSS):
+        part = slice(number * size, (number + 1) * size)
+        assert torch.allclose(block_SS, statistics.hessian_II[part, part], atol=1e-4)
+
+
+def test_divided_statistics_are_those_of_the_divided_input() -> None:
+    x_NI, scale_I = random(50, 256), random(256, seed=1).abs() + 0.1
+    wanted = frozenset({"hessian", "blocks", "sample", "abs_sum", "abs_max"})
+    got, expected = Statistics.of(x_NI, wanted), Statistics.of(x_NI / scale_I, wanted)
+    got.divide(scale_I)
+    for name in ("hessian_II", "blocks_BSS", "sample_NI", "abs_sum_I", "abs_max_I"):
+        assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-2), name
 
 
 def test_both_exact_scales_agree() -> None:

@@ -148,6 +148,7 @@ def test_three_formats_hold_the_same_weights(tiny: Path, text: Path, tmp_path: P
         {"method": "rtn"},
         {"method": "gptq"},
         {"method": "gptq", "compensate": False, "sweeps": 0},
+        {"method": "gptq", "scaling": "awq"},
         {"method": "awq"},
         {"method": "smoothquant"},
         {"method": "smoothquant", "activations": "static"},
@@ -195,7 +196,7 @@ def test_folding_scales_changes_no_logits(
         shelf, tables = driver._embed(tmp_path), driver_module.position_tables(config, 64)
         x = shelf.get(0).ours.residual_BTH
         before, weights = block.forward(x, tables), {n: t.clone() for n, t in block.tensors.items()}
-        seen = driver._observe(block, shelf, driver._scaler.wanted)  # type: ignore[union-attr]
+        seen = driver._observe(block, shelf, driver._scaler, driver_module._Part())  # type: ignore[arg-type]
         for site in config.sites(0):
             driver._scale_site(block, site, seen[site.name], driver._scaler)  # type: ignore[arg-type]
         changed = [name for name, tensor in block.tensors.items() if not torch.equal(tensor, weights[name])]
@@ -248,7 +249,7 @@ def test_a_width_that_the_group_does_not_divide_is_found_before_work(
     make_checkpoint: Callable[..., Path], text: Path
 ) -> None:
     model = make_checkpoint("llama", intermediate_size=288)
-    with pytest.raises(SettingsError, match=r"`mlp.down_proj` has 288 in-features") as caught:
+    with pytest.raises(SettingsError, match=r"mlp.down_proj` has 288 in-features") as caught:
         quantizers.check(model, quantizers.resolve({**SMALL}), text)
     assert "`group_size: 32`" in str(caught.value.hint)
 
@@ -277,6 +278,32 @@ def test_a_quantized_model_is_not_quantized_again(tiny: Path, text: Path, tmp_pa
     quantize(tiny, text, tmp_path / "q", method="rtn")
     with pytest.raises(LlmoptError, match="quantized already"):
         quantizers.check(tmp_path / "q", quantizers.resolve({**SMALL}), text)
+
+
+def test_a_pattern_that_matches_nothing_is_found_before_work(tiny: Path, text: Path) -> None:
+    settings = quantizers.resolve({**SMALL, "overrides": {"*.down_proj": {"bits": 8}, "down_proj": {"bits": 8}}})
+    with pytest.raises(SettingsError, match="no linear of the model matches the pattern `down_proj`") as caught:
+        quantizers.check(tiny, settings, text)
+    assert "`model.layers.0.self_attn.q_proj`" in str(caught.value.hint)
+
+
+def test_an_override_of_a_head_that_stays_plain_says_so(make_checkpoint: Callable[..., Path], text: Path) -> None:
+    model = make_checkpoint("llama")
+    settings = quantizers.resolve({**SMALL, "overrides": {"lm_head": {"bits": 8}}})
+    with pytest.raises(SettingsError, match="`lm_head`") as caught:
+        quantizers.check(model, settings, text)
+    assert "`lm_head: true`" in str(caught.value.hint)
+
+
+def test_skipping_everything_is_refused(tiny: Path, text: Path) -> None:
+    with pytest.raises(SettingsError, match="skips every linear"):
+        quantizers.check(tiny, quantizers.resolve({**SMALL, "overrides": {"*": {"skip": True}}}), text)
+
+
+def test_a_group_size_is_checked_for_the_linears_that_have_it(make_checkpoint: Callable[..., Path], text: Path) -> None:
+    model = make_checkpoint("llama", intermediate_size=288)
+    fitting = {**SMALL, "overrides": {"*.down_proj": {"group_size": 32}}}
+    quantizers.check(model, quantizers.resolve(fitting), text)
 
 
 def test_a_tied_head_cannot_be_quantized(tiny: Path, text: Path) -> None:
