@@ -28,9 +28,12 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads_before)
 
-    def map(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-        """Results in the order of `items`, without gradients, at most two of each core ahead: they may be large."""
-        guarded = torch.no_grad()(function)  # whether gradients are kept is a thread's own setting
+    def map(self, function: Callable[[_T], _U], items: Iterable[_T], *, grad: bool = False) -> Iterator[_U]:
+        """Results in the order of `items`, at most two of each core ahead: they may be large.
+
+        `grad`: whether `function` runs with gradients enabled, which is a thread's own setting.
+        """
+        guarded = torch.set_grad_enabled(grad)(function)
         todo, ahead = list(items), 2 * self._count
         waiting = [self._pool.submit(guarded, item) for item in todo[:ahead]]
         for position in range(len(todo)):
