@@ -41,26 +41,32 @@ _ROWS = 512  # of a linear, evenly spaced, whose rounding is tried
 class Felt:
     """What the backward pass leaves of one site: sums over its tokens, by linear where they differ.
 
-    fisher_O: of g^2. hessian_II: of x x^T.
+    fisher_O: of g^2. hessian_II: of x x^T, None unless asked for. weights: for each batch in turn, g^2 of its tokens
+    (float32 [N]), summed over the linears, each the mean over its outputs.
     """
 
     tokens: int
-    hessian_II: torch.Tensor
     fisher_O: dict[str, torch.Tensor]
+    weights: list[torch.Tensor]
+    hessian_II: torch.Tensor | None
 
     @classmethod
-    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> Felt:
+    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor], *, hessian: bool) -> Felt:
         """Of one batch: x [..., I] is the site's input, `gradients` [..., O] those at its linears' outputs."""
         x_NI = x.reshape(-1, x.shape[-1])
-        squares = {name: g.square().reshape(-1, g.shape[-1]).sum(dim=0) for name, g in gradients.items()}
-        return cls(len(x_NI), x_NI.T @ x_NI, squares)
+        squares = {name: g.square().reshape(-1, g.shape[-1]) for name, g in gradients.items()}
+        weight_N = torch.stack([square_NO.mean(dim=1) for square_NO in squares.values()]).sum(dim=0)
+        fisher_O = {name: square_NO.sum(dim=0) for name, square_NO in squares.items()}
+        return cls(len(x_NI), fisher_O, [weight_N], x_NI.T @ x_NI if hessian else None)
 
     def add(self, other: Felt) -> None:
         """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
         self.tokens += other.tokens
-        self.hessian_II += other.hessian_II
+        self.weights += other.weights
         for name, square_O in other.fisher_O.items():
             self.fisher_O[name] += square_O
+        if self.hessian_II is not None and other.hessian_II is not None:
+            self.hessian_II += other.hessian_II
 
 
 @dataclass
@@ -94,10 +100,9 @@ def measure_costs(
     """
     costs: dict[str, dict[Scheme | None, float]] = {}
     head = config.family.head in candidates
-    for weights_OI, felt in sensitivities(checkpoint, config, windows, workers, progress, spill=spill, head=head):
-        if felt.tokens == 0:
-            costs |= {name: dict.fromkeys(candidates.get(name, ()), 0.0) for name in weights_OI}
-            continue
+    walk = sensitivities(checkpoint, config, windows, workers, progress, spill=spill, hessians=True, head=head)
+    for weights_OI, felt in walk:
+        assert felt.hessian_II is not None
         hessian_II = felt.hessian_II / felt.tokens
         curvature = None if factorize is None else factorize(hessian_II)
         names = [name for name in weights_OI if name in candidates]
@@ -115,6 +120,26 @@ def measure_costs(
         for name, found in zip(names, workers.map(price, names), strict=True):
             costs[name] = dict(zip(candidates[name], found, strict=True))
     return costs
+
+
+def token_weights(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    windows: np.ndarray,
+    workers: Workers,
+    progress: Progress,
+    *,
+    spill: Path,
+) -> dict[str, torch.Tensor]:
+    """How much an error at each token counts in the KL, by linear: float32 [B * T] in the windows' order, mean one.
+
+    Linears of one site share a tensor. A Hessian, and what is compared with it, becomes sum of weight x x^T.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for weights_OI, felt in sensitivities(checkpoint, config, windows, workers, progress, spill=spill):
+        weight_N = torch.cat(felt.weights)
+        found |= dict.fromkeys(weights_OI, weight_N / weight_N.mean().clamp(min=1e-30))
+    return found
 
 
 def candidate_costs(
@@ -159,13 +184,15 @@ def sensitivities(
     progress: Progress,
     *,
     spill: Path,
+    hessians: bool = False,
     head: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Felt]]:
     """Every site, the last block's first: its linears' original weights by their full names, and what is felt there.
 
     windows: token ids [B, T]. spill: an empty folder for the blocks' inputs (layers * B * T * H float32), which are
-    deleted as they are used. head: begin with the output head. The figures are the same on any number of cores.
+    deleted as they are used. head: begin with the output head. seed: of the random signs. The figures are the same on
+    any number of cores.
     """
     rotary = rotary_tables(config, windows.shape[1])
     table = checkpoint.tensor(f"{config.family.embedding}.weight")
@@ -179,7 +206,7 @@ def sensitivities(
         batches = list(workers.map(lambda x, block=block: block.forward(x, rotary), batches))  # type: ignore[misc]
         checkpoint.release()
         progress(f"sensitivity: block {index + 1}/{config.layers} forwards")
-    gradients, at_head = _back_through_head(checkpoint, config, batches, workers, seed)
+    gradients, at_head = _back_through_head(checkpoint, config, batches, workers, seed, hessian=hessians)
     del batches
     if head:
         yield {config.family.head: load_head(checkpoint, config, None)}, at_head
@@ -189,7 +216,7 @@ def sensitivities(
 
         def back(number: int, index: int = index, block: DecoderBlock = block) -> tuple[torch.Tensor, dict[str, Felt]]:
             x_BTH = torch.from_numpy(np.load(_file(spill, index, number)))
-            return _back_through_block(block, x_BTH, gradients[number], rotary, config.block(index))
+            return _back_through_block(block, x_BTH, gradients[number], rotary, config.block(index), hessian=hessians)
 
         for number, (gradient_BTH, part) in enumerate(workers.map(back, range(len(gradients)), grad=True)):
             gradients[number] = gradient_BTH
@@ -215,7 +242,13 @@ def _add(total: dict[str, Felt], part: dict[str, Felt]) -> None:
 
 
 def _back_through_head(
-    checkpoint: Checkpoint, config: DecoderConfig, batches: list[torch.Tensor], workers: Workers, seed: int
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    batches: list[torch.Tensor],
+    workers: Workers,
+    seed: int,
+    *,
+    hessian: bool,
 ) -> tuple[list[torch.Tensor], Felt]:
     """J^T v at the last block's outputs for one random v a token, and what is felt at the head itself."""
     norm = load_float(checkpoint, f"{config.family.final_norm}.weight")
@@ -231,7 +264,7 @@ def _back_through_head(
             logits_NV = normed_NH @ head_VH.T
             sample_NV = sample_fisher(logits_NV.detach(), generator)
             found += torch.autograd.grad(logits_NV, x_NH, sample_NV)
-            _add(felt, {name: Felt.of(normed_NH.detach(), {name: sample_NV})})
+            _add(felt, {name: Felt.of(normed_NH.detach(), {name: sample_NV}, hessian=hessian)})
         return torch.cat(found).reshape(x_BTH.shape), felt
 
     gradients, total = [], dict[str, Felt]()
@@ -254,6 +287,8 @@ def _back_through_block(
     gradient_BTH: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     prefix: str,
+    *,
+    hessian: bool,
 ) -> tuple[torch.Tensor, dict[str, Felt]]:
     """The gradient at the block's input, and what is felt at each site, its linears by their full names."""
     watched = _Watched(block.config, block.tensors)
@@ -264,5 +299,5 @@ def _back_through_block(
     felt = {}
     for site in block.config.family.sites:
         x, _ = watched.seen[site.linears[0]]
-        felt[site.name] = Felt.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears})
+        felt[site.name] = Felt.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears}, hessian=hessian)
     return at_input_BTH, felt

@@ -25,7 +25,13 @@ from llmopt.quantizers.base import Grid, grouped
 from llmopt.quantizers.budget import fused
 from llmopt.quantizers.gptq import factorize, gptq
 from llmopt.quantizers.rtn import rtn
-from llmopt.quantizers.sensitivity import candidate_costs, measure_costs, sample_fisher, sensitivities
+from llmopt.quantizers.sensitivity import (
+    candidate_costs,
+    measure_costs,
+    sample_fisher,
+    sensitivities,
+    token_weights,
+)
 
 DEMO = Path(__file__).resolve().parents[3] / "demo" / "model"
 
@@ -77,10 +83,34 @@ def test_gradients_are_those_of_the_whole_model(
     seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
     sample_NV = sample_fisher(logits_NV.detach(), torch.Generator().manual_seed(seed))
     gradients = torch.autograd.grad(logits_NV, list(outputs.values()), sample_NV)
-    expected = {name: g.flatten(0, 1).square().sum(dim=0) for name, g in zip(outputs, gradients, strict=True)}
-    assert found.keys() == expected.keys()
-    for name, fisher_O in found.items():
-        torch.testing.assert_close(fisher_O, expected[name], rtol=2e-3, atol=1e-4 * float(expected[name].max()))
+    squares = {name: g.flatten(0, 1).square() for name, g in zip(outputs, gradients, strict=True)}
+    assert found.keys() == squares.keys()
+    for name, square_NO in squares.items():
+        assert_near(found[name], square_NO.sum(dim=0))
+
+    weights = weights_of_tokens(folder, windows, tmp_path)
+    mlp = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")]
+    weight_N = squares[mlp[0]].mean(dim=1) + squares[mlp[1]].mean(dim=1)
+    for name in mlp:
+        assert_near(weights[name], weight_N / weight_N.mean())
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-4 * float(expected.max()))
+
+
+def weights_of_tokens(model: Path, windows: np.ndarray, spill: Path) -> dict[str, torch.Tensor]:
+    with Workers() as workers:
+        return token_weights(*opened(model), windows, workers, silent, spill=spill)
+
+
+def test_tokens_weigh_one_on_average_and_come_in_the_windows_order(tiny: Path, tmp_path: Path) -> None:
+    windows = some_windows(opened(tiny)[1], 80, 64)  # three batches, of 32 windows at most
+    all_of_them, first = (weights_of_tokens(tiny, part, tmp_path) for part in (windows, windows[:32]))
+    for name, weight_N in all_of_them.items():
+        assert weight_N.shape == (80 * 64,)
+        assert float(weight_N.mean()) == pytest.approx(1, rel=1e-4)
+        torch.testing.assert_close(weight_N[: 32 * 64] / weight_N[: 32 * 64].mean(), first[name])
 
 
 def test_the_number_of_cores_changes_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
