@@ -38,9 +38,12 @@ class Workers:
         torch.set_num_threads(self._threads_before)
         _products.fp32_precision = self._products_before
 
-    def map(self, function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-        """Results in the order of `items`, without gradients, at most one more than cores ahead: they may be large."""
-        guarded = torch.no_grad()(function)  # whether gradients are kept is a thread's own setting
+    def map(self, function: Callable[[_T], _U], items: Iterable[_T], *, grad: bool = False) -> Iterator[_U]:
+        """Results in the order of `items`, at most one more than cores ahead: they may be large.
+
+        `grad`: whether `function` runs with gradients enabled, which is a thread's own setting.
+        """
+        guarded = (torch.enable_grad() if grad else torch.no_grad())(function)
         todo, ahead = list(items), self._count + 1
         waiting = [self._pool.submit(guarded, item) for item in todo[:ahead]]
         for position in range(len(todo)):
