@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from llmopt.cli import options as opt
+from llmopt.errors import Exit
+
+if TYPE_CHECKING:
+    from llmopt.pipeline.inputs import Input
 
 
 def quantize(
@@ -77,6 +81,14 @@ def quantize(
     resume: Annotated[
         bool, opt.option("--resume/--no-resume", help="Go on from what an interrupted run finished [default].")
     ] = True,
+    check: Annotated[
+        str | None,
+        opt.option(
+            "--check",
+            metavar="ARTIFACT",
+            help="Only quantize one random block of it again and compare: exit 4 if other.",
+        ),
+    ] = None,
     out: opt.Out = None,
     name: opt.Name = None,
     store: opt.StoreFolder = None,
@@ -84,7 +96,7 @@ def quantize(
     json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
-) -> None:
+) -> int:
     """Quantize MODEL: a checkpoint folder, ORG/NAME[@REVISION] of the Hugging Face hub, an artifact id or a name.
 
     The result is an artifact in the store; the same inputs and settings give it again without any work.
@@ -95,6 +107,9 @@ def quantize(
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name)
     source = inputs.model(session.store, model, session.console.progress)
+    memory = opt.byte_size("--memory-budget", memory_budget)
+    if check is not None:
+        return _check(session, source, check, adapter, memory)
     settings = opt.settings(
         profile,
         "quantize",
@@ -118,8 +133,29 @@ def quantize(
         lm_head=lm_head,
         precision=precision,
     )
-    memory = opt.byte_size("--memory-budget", memory_budget)
     stage = plan.quantize_stage(session.store, source, settings, session.console.progress, memory_bytes=memory)
     if not resume:
         session.store.forget(stage.action.key)
     delivery.deliver(runner.run(session.store, stage, session.console.progress))
+    return int(Exit.OK)
+
+
+def _check(session: opt.Session, source: Input, artifact: str, adapter: str | None, memory_bytes: int | None) -> int:
+    """Quantize one block of an artifact again; the settings are those of its manifest."""
+    from llmopt.pipeline import inputs
+    from llmopt.pipeline.check import check_quantized
+
+    merged = None if adapter is None else inputs.adapter(adapter, session.console.progress)
+    checked = check_quantized(
+        session.store,
+        source,
+        inputs.resolve(session.store, artifact).id,
+        session.console.progress,
+        adapter=merged,
+        memory_bytes=memory_bytes,
+    )
+    lines = [f"block {checked.block} of {checked.blocks} came out {'other' if checked.differing else 'the same'}"]
+    lines += [f"other: {name}" for name in checked.differing]
+    lines += [f"not as it was: {line}" for line in checked.otherwise]
+    session.console.result("\n".join(lines), checked.to_json())
+    return int(Exit.VERIFICATION_FAILED if checked.differing else Exit.OK)

@@ -101,6 +101,7 @@ def check_block(
     calibration: Path | None,
     quantized: Path,
     index: int,
+    scratch: Path,
     progress: Progress,
     execution: Execution = DEFAULT,
     *,
@@ -111,7 +112,7 @@ def check_block(
 
     with Workers(bfloat16=execution.bfloat16) as workers:
         return _driver(model, settings, calibration, workers, progress, execution, adapter).check_block(
-            quantized, index
+            quantized, index, scratch
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from math import ldexp
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from llmopt.formats.scheme import FORMATS, Scheme
 if TYPE_CHECKING:
     from llmopt.formats.base import Layout
     from llmopt.models.config import DecoderConfig
+    from llmopt.quantizers.settings import QuantizeSettings
 
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "I8": 8, "U8": 8}
 
@@ -99,6 +101,43 @@ def fused(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
         for index in range(config.layers)
         for site in config.sites(index)
     }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """All that can be chosen: `groups` as `fused` has them, and by linear its candidates, their sizes, its weights."""
+
+    groups: Mapping[str, Sequence[str]]
+    schemes: Mapping[str, Sequence[Scheme]]
+    sizes: Mapping[str, Mapping[Scheme | None, int]]
+    weights: Mapping[str, int]
+
+
+def bit_candidates(config: DecoderConfig, settings: QuantizeSettings) -> Table:
+    """Every number of bits that the format holds for each linear, but for those that `overrides` decides on.
+
+    Raises SettingsError where the target cannot be met.
+    """
+    from llmopt.formats.reading import get_format, linears
+
+    common, encoding = settings.common, get_format(settings.common.format)
+    schemes: dict[str, Sequence[Scheme]] = {}
+    sizes: dict[str, Mapping[Scheme | None, int]] = {}
+    weights: dict[str, int] = {}
+    for name, shape in linears(config).items():
+        scheme = settings.scheme_of(name)
+        if scheme is None or (name == config.family.head and not common.lm_head):
+            continue
+        decided = any(fnmatchcase(name, pattern) for pattern in common.overrides)
+        schemes[name] = [scheme] if decided else candidates(scheme, common.format)
+        sizes[name] = {each: size_bits(encoding.layout(shape, each), config.dtype) for each in schemes[name]}
+        weights[name] = shape[0] * shape[1]
+    together = fused(config) | ({config.family.head: (config.family.head,)} if config.family.head in schemes else {})
+    groups = {group: kept for group, names in together.items() if (kept := [name for name in names if name in schemes])}
+    shared = [list(_shared_sizes(group, [sizes[name] for name in names]).values()) for group, names in groups.items()]
+    if common.target_bpw is not None:
+        check_target(shared, sum(weights.values()), common.target_bpw)
+    return Table(groups=groups, schemes=schemes, sizes=sizes, weights=weights)
 
 
 def size_bits(layout: Layout, dtype: str) -> int:

@@ -8,8 +8,9 @@ block is durable: the same run, started again, goes on after it.
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from llmopt import memory
-from llmopt.artifacts.outcome import Outcome, Progress
+from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.formats.dequantized import fp8_input, int8_input, load_block, load_float, to_torch
 from llmopt.formats.reading import all_modules, get_format, linears, open_quantized
 from llmopt.formats.scheme import Scheme
@@ -32,15 +33,18 @@ from llmopt.models.writer import CheckpointWriter, Writable, write_json
 from llmopt.quantizers import errors_report
 from llmopt.quantizers.activations import kv_scales
 from llmopt.quantizers.base import Rounded, Statistics, sample_every
+from llmopt.quantizers.budget import bit_candidates, choose
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
 from llmopt.quantizers.memory import BATCH_TOKENS, ROWS, shelf_bytes
-from llmopt.quantizers.methods import Context, Scaler, method_of
+from llmopt.quantizers.methods import Context, Scaler, curvature_of, method_of
 from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.scaling import fold_scale, tie_heads
+from llmopt.quantizers.sensitivity import measure_costs
 from llmopt.quantizers.settings import QuantizeSettings
 from llmopt.quantizers.shelf import Batch, Shelf
 
+_SENSITIVITY_WINDOWS = 32
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Tensors: TypeAlias = dict[str, Writable]
 
@@ -52,6 +56,7 @@ class _Part:
     tensors: Tensors = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)  # relative, by linear
+    stored_bits: int = 0  # of the quantized linears: codes, scales, zero points, shapes
     kv_peak: torch.Tensor | None = None  # the largest |key| and |value|, where they are watched
 
     def note_peak(self, batch: Batch) -> None:
@@ -73,7 +78,7 @@ class Driver:
         execution: Execution,
     ) -> None:
         self._checkpoint, self._config, self._settings, self._progress = checkpoint, config, settings, progress
-        self._windows, self._map, self._execution = windows, workers.map, execution
+        self._windows, self._workers, self._map, self._execution = windows, workers, workers.map, execution
         self._half = execution.bfloat16
         self._schemes = self._resolve_schemes()
         self._format = get_format(settings.common.format)
@@ -97,26 +102,29 @@ class Driver:
         )
         records = journal.finished([writer.shard(number + 1) for number in range(config.layers + 2)])
         if not records:
-            records.append({"events": [], "errors": {}})
+            records.append({"events": [], "errors": {}, "stored_bits": 0})
             tables = {name: self._checkpoint.source(name) for name in config.embedding_shapes()}
             journal.record(0, writer.write(1, tables), records[0])
+        choice = None if self._settings.common.target_bpw is None else self._choose_bits(journal)
         shelf = self._resume(out, journal, min(len(records) - 1, config.layers))
         for number in range(len(records), config.layers + 2):
             last = number > config.layers
             started = time.monotonic()
             part = self._finish(shelf) if last else self._quantize_block(number - 1, shelf)
-            records.append({"events": part.events, "errors": part.errors})
+            records.append({"events": part.events, "errors": part.errors, "stored_bits": part.stored_bits})
             journal.record(number, writer.write(number + 1, part.tensors), records[-1])
             self._checkpoint.release()
             if not last:
                 journal.save(number, shelf)
                 self._tell(number, part, time.monotonic() - started)
-        return self._outcome(writer, out, journal, records)
+        return self._outcome(writer, out, journal, records, choice)
 
-    def check_block(self, quantized: Path, index: int) -> list[str]:
+    @torch.no_grad()
+    def check_block(self, quantized: Path, index: int, scratch: Path) -> list[str]:
         """Quantize block `index` again, after the blocks before it as `quantized` has them; the tensors that differ."""
-        shelf = self._embed(quantized / "none")
-        written = Checkpoint.open(quantized)
+        shelf, written = self._embed(scratch), Checkpoint.open(quantized)
+        if self._settings.common.target_bpw is not None and (reader := open_quantized(written)) is not None:
+            self._schemes |= {name: reader.scheme(name) for name in linears(self._config)}
         self._replay(shelf, written, range(index))
         part = self._quantize_block(index, shelf)
         return [name for name, value in part.tensors.items() if not _same(value, written, name)]
@@ -128,6 +136,41 @@ class Driver:
             quantized = self._settings.common.lm_head or prefix != self._config.family.head
             found[prefix] = self._settings.scheme_of(prefix) if quantized else None
         return all_modules(self._config, found)
+
+    def _choose_bits(self, journal: Journal) -> Mapping[str, Json]:
+        """Give each linear the bits that keep the model nearest within `target_bpw`; returns what was chosen.
+
+        Linears that `overrides` names keep what it says. What was chosen is kept too: a run that goes on asks no more.
+        """
+        assert self._windows is not None and self._settings.common.target_bpw is not None  # noqa: PT018
+        table = bit_candidates(self._config, self._settings)
+        if (noted := journal.noted("choice")) is None:
+            spill = journal.folder / "sensitivity"
+            shutil.rmtree(spill, ignore_errors=True)
+            spill.mkdir(parents=True)
+            costs = measure_costs(
+                self._checkpoint,
+                self._config,
+                table.schemes,
+                self._windows[:_SENSITIVITY_WINDOWS],
+                self._workers,
+                self._progress,
+                spill=spill,
+                factorize=curvature_of(self._settings.method),
+            )
+            choice = choose(table.groups, costs, table.sizes, table.weights, self._settings.common.target_bpw)
+            for line in choice.markdown().splitlines():
+                self._progress(line)
+            picked = {name: table.schemes[name].index(scheme) for name, scheme in choice.schemes.items()}
+            noted = {"picked": picked, "choice": choice.to_json()}
+            journal.note("choice", noted)
+        self._schemes |= {name: table.schemes[name][index] for name, index in noted["picked"].items()}
+        found: Mapping[str, Json] = noted["choice"]
+        return found
+
+    def _weights(self, names: Iterable[str]) -> int:
+        shapes = linears(self._config)
+        return sum(shapes[name][0] * shapes[name][1] for name in names)
 
     # -- activations
 
@@ -351,6 +394,7 @@ class Driver:
             part.errors[name] = _relative_error(values[name], wish_OI, statistics.hessian_II)
             stored = self._format.encode(own.export(), scheme, self._config.dtype, input_scale)
             part.tensors |= {f"{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
+            part.stored_bits += sum(8 * value.array.nbytes for value in stored.values())
         return values, None if scheme.activations == "none" else input_rounding(scheme, input_scale)
 
     def _prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
@@ -395,7 +439,14 @@ class Driver:
 
     # -- telling
 
-    def _outcome(self, writer: CheckpointWriter, out: Path, journal: Journal, records: list[dict[str, Any]]) -> Outcome:
+    def _outcome(
+        self,
+        writer: CheckpointWriter,
+        out: Path,
+        journal: Journal,
+        records: list[dict[str, Any]],
+        choice: Mapping[str, Json] | None,
+    ) -> Outcome:
         kv_cache = self._settings.common.kv_cache
         total = writer.finish(
             {**self._checkpoint.config, "quantization_config": self._format.config(self._schemes, kv_cache=kv_cache)}
@@ -415,10 +466,12 @@ class Driver:
         return Outcome(
             metrics={
                 "weight_bytes": total,
+                "bits_per_weight": round(sum(record["stored_bits"] for record in records) / self._weights(errors), 4),
                 "calibration_tokens": 0 if self._windows is None else int(self._windows.size),
                 "relative_error_mean": round(sum(errors.values()) / len(errors), 6),
                 "relative_error_max": round(errors[worst], 6),
                 "relative_error_max_linear": worst,
+                **({} if choice is None else {"choice": dict(choice)}),
             },
             events=tuple(event for record in records for event in record["events"]),
         )

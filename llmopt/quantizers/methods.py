@@ -17,7 +17,7 @@ from llmopt.quantizers import settings
 from llmopt.quantizers.activations import static_scale
 from llmopt.quantizers.awq import round_groups, search_scale
 from llmopt.quantizers.base import Rounded, Statistics, Tie
-from llmopt.quantizers.gptq import aim, factorize, gptq, refine
+from llmopt.quantizers.gptq import Curvature, aim, factorize, gptq, refine
 from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.smoothquant import search_smooth_scale, smooth_scale
 
@@ -71,6 +71,13 @@ def method_of(method: settings.Method) -> tuple[Scaler | None, Rounder]:
     if isinstance(method, settings.SmoothQuant):
         return _Smooth(method.alpha, static=method.activations == "static"), _Nearest(frozenset())
     return None, _Nearest(_STATIC if method.activations == "static" else frozenset())
+
+
+def curvature_of(method: settings.Method) -> Callable[[torch.Tensor], Curvature | None] | None:
+    """How the method prepares a Hessian to round with feedback; None for methods that round to nearest."""
+    if not isinstance(method, settings.GPTQ):
+        return None
+    return lambda hessian_II: factorize(hessian_II, damping=method.damping, act_order=method.act_order)
 
 
 def _scaler_before(method: settings.GPTQ) -> Scaler | None:

@@ -15,6 +15,7 @@ from llmopt.models.adapter import open_checkpoint, plain_parts
 from llmopt.models.checkpoint import FLOATS, Checkpoint
 from llmopt.models.config import DecoderConfig
 from llmopt.models.text import read_calibration
+from llmopt.quantizers.budget import bit_candidates
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.memory import shelf_bytes
 from llmopt.quantizers.settings import QuantizeSettings
@@ -106,6 +107,8 @@ def _check_shapes(config: DecoderConfig, settings: QuantizeSettings) -> None:
                 hint=use,
             )
         layout(shape, scheme)
+    if settings.common.target_bpw is not None:
+        bit_candidates(config, settings)
 
 
 def _computed_with(config: DecoderConfig) -> set[str]:
