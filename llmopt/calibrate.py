@@ -150,8 +150,8 @@ class _Texts:
     def __call__(self, row: Mapping[str, Any]) -> str:
         field = self._field or ("text" if "text" in row else "messages")
         value = row.get(field)
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str) or (value is None and field in row):
+            return value or ""
         if isinstance(value, list):
             return self._render(value, field)
         names = ", ".join(f"`{name}`" for name in list(row)[:12])

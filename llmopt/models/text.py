@@ -37,14 +37,17 @@ def read_tokens(model: Path, text: Path) -> np.ndarray:
 
 
 def open_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer of a model's folder."""
+    """The tokenizer of a model's folder, without the cutting and padding that it may have been saved with."""
     from tokenizers import Tokenizer
 
     file = tokenizer_file(model)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
         raise LlmoptError(f"`{file}` cannot be read: {error}", hint="save the tokenizer again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokenizer_file(model: Path) -> Path:

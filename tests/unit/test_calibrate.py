@@ -141,6 +141,28 @@ def test_another_field_can_be_the_text(tiny: Path, tmp_path: Path, texts: Path) 
     assert np.array_equal(found.ids, calibrate.make(tiny, [texts], rows()).ids)
 
 
+def test_a_row_without_a_value_adds_nothing(tiny: Path, tmp_path: Path) -> None:
+    values = [{"text": None}, {"text": "some words and more"}, {"text": ""}] * 30
+    made = calibrate.make(tiny, [json_lines(tmp_path / "gaps.jsonl", values)], rows())
+    one = [*encode(tiny, "some words and more"), EOS]
+    assert made.ids.reshape(-1).tolist() == (one * 100)[: 4 * 32]
+
+
+def test_cutting_and_padding_that_a_tokenizer_was_saved_with_are_left_out(
+    tiny: Path, tmp_path: Path, texts: Path, text: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    folder = Path(shutil.copytree(tiny, tmp_path / "cutting"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for file, packing in ((texts, "rows"), (text, "text")):
+        settings = rows(packing=packing)
+        assert np.array_equal(calibrate.make(folder, [file], settings).ids, calibrate.make(tiny, [file], settings).ids)
+
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ strftime_now('%Y-%m-%d') }}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
