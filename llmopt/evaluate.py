@@ -238,7 +238,8 @@ def _compare_window(
 
 
 def _questions(settings: EvalSettings, folder: Path | None) -> harness.Questions:
-    return harness.Questions(tasks=settings.tasks, folder=folder, limit=settings.limit, fewshot=settings.fewshot)
+    absolute = None if folder is None else folder.resolve()
+    return harness.Questions(tasks=settings.tasks, folder=absolute, limit=settings.limit, fewshot=settings.fewshot)
 
 
 def answerer(model: Source, workers: Workers, progress: Progress) -> harness.Answerer:

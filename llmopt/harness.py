@@ -42,12 +42,12 @@ Pair = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Questions:
-    """What to ask. `fewshot` None: as each task says. `limit` counts documents of each task, None: all."""
+    """What to ask. `folder` is absolute; `limit` (None: all) counts the documents of each task."""
 
     tasks: tuple[str, ...]
     folder: Path | None
     limit: int | None
-    fewshot: int | None
+    fewshot: int | None  # None: as the task says
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

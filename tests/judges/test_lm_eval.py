@@ -176,9 +176,10 @@ def test_stdout_is_the_result_s_alone(
 
     monkeypatch.setenv("LLMOPT_STORE", str(tmp_path))
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.chdir(folder.parent)
     command = [
         "eval", str(MODEL), "--windows", "1", "--seq-len", "32", "--tasks", "choice,likely", "--tasks-path",
-        str(folder), "--limit", "2", "--json-lines",
+        folder.name, "--limit", "2", "--json-lines",
     ]  # fmt: skip
     assert main(command) == 0
     out, err = capfd.readouterr()
