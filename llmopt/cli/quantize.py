@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import options as opt
-from llmopt.errors import Exit
+from llmopt.errors import Exit, SettingsError
 
 if TYPE_CHECKING:
     from llmopt.pipeline.inputs import Input
@@ -15,7 +15,8 @@ def quantize(
     model: Annotated[str, opt.argument(metavar="MODEL")],
     profile: opt.Profile = None,
     method: Annotated[
-        str | None, opt.option("--method", metavar="M", help="gptq (the default), awq, smoothquant, rtn or convert.")
+        str | None,
+        opt.option("--method", metavar="M", help="gptq (the default), awq, smoothquant, rtn, fp8 or convert."),
     ] = None,
     bits: Annotated[int | None, opt.option("--bits", metavar="N", help="2 to 8.")] = None,
     group_size: Annotated[
@@ -36,15 +37,39 @@ def quantize(
         opt.option("--compensate/--no-compensate", help="gptq: make up for the blocks before (twice the time)."),
     ] = None,
     sweeps: Annotated[
-        int | None, opt.option("--sweeps", metavar="N", help="gptq: refinements after the rounding.")
+        int | None, opt.option("--sweeps", metavar="N", help="gptq, awq: refinements after the rounding.")
+    ] = None,
+    scaling: Annotated[
+        str | None,
+        opt.option("--scaling", metavar="S", help="gptq: scale the input channels first: awq, smoothquant or none."),
+    ] = None,
+    grid: Annotated[int | None, opt.option("--grid", metavar="N", help="awq: exponents tried for the scales.")] = None,
+    clip: Annotated[
+        bool | None, opt.option("--clip/--no-clip", help="awq: search a smaller range for each group.")
     ] = None,
     alpha: Annotated[
-        float | None,
-        opt.option("--alpha", metavar="X", help="smoothquant: share of the difficulty moved to weights."),
+        str | None,
+        opt.option("--alpha", metavar="X", help="smoothquant: share of the difficulty moved to weights, or search."),
     ] = None,
     activations: Annotated[
         str | None,
-        opt.option("--activations", metavar="A", help="rtn, smoothquant: int8 inputs, dynamic or static."),
+        opt.option("--activations", metavar="A", help="8-bit inputs: dynamic, static or none; not for awq."),
+    ] = None,
+    weights: Annotated[
+        str | None, opt.option("--weights", metavar="W", help="fp8: one scale a channel, or one a tensor.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None, opt.option("--kv-cache", metavar="K", help="Calibrate scales for a cache in fp8 or int8.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        opt.option("--override", metavar="P=S", help="Settings of some linears: '*.down_proj=bits:8,group_size:32'."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, opt.option("--skip", metavar="P", help="Linears to leave as they are: '*.layers.0.*'.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None, opt.option("--target-bpw", metavar="X", help="Choose the bits of each linear to meet this mean.")
     ] = None,
     format: Annotated[
         str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq, awq, modelopt.")
@@ -121,8 +146,14 @@ def quantize(
         damping=damping,
         compensate=compensate,
         sweeps=sweeps,
-        alpha=alpha,
+        scaling=scaling,
+        grid=grid,
+        clip=clip,
+        alpha=_number_or_text(alpha),
         activations=activations,
+        weights=weights,
+        kv_cache=kv_cache,
+        target_bpw=target_bpw,
         format=format,
         calib=calib,
         calib_field=calib_field,
@@ -133,6 +164,10 @@ def quantize(
         lm_head=lm_head,
         precision=precision,
     )
+    own = _overrides(override or [], skip or [])
+    if own:
+        inherited = dict(settings.get("overrides", {}))
+        settings["overrides"] = {key: value for key, value in inherited.items() if key not in own} | own
     stage = plan.quantize_stage(session.store, source, settings, session.console.progress, memory_bytes=memory)
     if not resume:
         session.store.forget(stage.action.key)
@@ -159,3 +194,27 @@ def _check(session: opt.Session, source: Input, artifact: str, adapter: str | No
     lines += [f"not as it was: {line}" for line in checked.otherwise]
     session.console.result("\n".join(lines), checked.to_json())
     return int(Exit.VERIFICATION_FAILED if checked.differing else Exit.OK)
+
+
+def _overrides(texts: list[str], skipped: list[str]) -> dict[str, Any]:
+    """`PATTERN=bits:8,group_size:32` and the patterns to skip, which count more, as a profile has them."""
+    from llmopt.profiles import parse_value
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        pattern, _, settings = text.partition("=")
+        values = parse_value(f"{{{settings.replace(':', ': ')}}}")
+        if not pattern or not settings or None in values.values():
+            raise SettingsError(
+                f"`--override {text}` is not `PATTERN=SETTING:VALUE`",
+                hint="for example `--override '*.down_proj=bits:8,group_size:32'`",
+            )
+        found[pattern] = values
+    return found | {pattern: {"skip": True} for pattern in skipped}
+
+
+def _number_or_text(text: str | None) -> float | str | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

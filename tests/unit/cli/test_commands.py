@@ -72,6 +72,18 @@ def test_a_flag_goes_before_the_environment_that_before_the_profile_that_before_
     assert (found["bits"], found["seed"], found["symmetric"]) == (7, 5, True)
 
 
+def test_flags_add_to_the_overrides_of_a_profile(llmopt: Llmopt, tiny: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(
+        "quantize: {method: rtn, group_size: 32, overrides: {'*.up_proj': {bits: 8}, '*.v*': {bits: 5}}}\n"
+    )
+    flags = ("--override", "*.down_proj=bits:8,group_size:64", "--skip", "*.up_proj")
+    ran = llmopt("quantize", tiny, "--profile", profile, *flags, "--json")
+    own = [["*.v*", {"bits": 5}], ["*.down_proj", {"bits": 8, "group_size": 64}], ["*.up_proj", {"skip": True}]]
+    plain = {"bits": None, "group_size": None, "symmetric": None, "skip": False}
+    assert settings_of(llmopt, ran)["overrides"] == [[pattern, plain | values] for pattern, values in own]
+
+
 def test_a_value_from_the_environment_is_checked_as_a_flag_is(
     llmopt: Llmopt, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
