@@ -11,10 +11,10 @@ head for one, count on neither side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ldexp
+from math import ldexp, prod
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Json
@@ -84,12 +84,10 @@ def label(scheme: Scheme | None) -> str:
     return f"W{scheme.bits}{group}{'' if scheme.symmetric else ' asym'}"
 
 
-def candidates(scheme: Scheme, format_name: str) -> list[Scheme]:
-    """`scheme` at every number of bits that the format holds."""
-    return [
-        Scheme(bits=bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
-        for bits in FORMATS[format_name].bits
-    ]
+def candidates(scheme: Scheme, format_name: str) -> list[Scheme | None]:
+    """`scheme` at every number of bits that the format holds, and None: plain weights."""
+    bits = FORMATS[format_name].bits
+    return [*(Scheme(bits=b, group_size=scheme.group_size, symmetric=scheme.symmetric) for b in bits), None]
 
 
 def fused(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
@@ -101,15 +99,23 @@ def fused(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     }
 
 
-def size_bits(layout: Layout, dtype: str) -> int:
-    """What a linear takes on disk; `dtype` is that of the checkpoint, which scales have where the format lets them."""
-    total = 0
-    for dtypes, shape in layout.values():
-        count = _BITS[dtype if dtype in dtypes else dtypes[0]]
-        for length in shape:
-            count *= length
-        total += count
-    return total
+def stored_bits(
+    shape: tuple[int, int],
+    schemes: Sequence[Scheme | None],
+    layout: Callable[[tuple[int, int], Scheme], Layout],
+    dtype: str,
+) -> dict[Scheme | None, int]:
+    """What a linear of (O, I) takes on disk with each scheme.
+
+    layout: of the format. dtype: of the checkpoint, which plain weights have, and scales where the format lets them.
+    """
+    plain = _BITS[dtype] * prod(shape)
+    found: dict[Scheme | None, int] = {}
+    for scheme in schemes:
+        parts = layout(shape, scheme).values() if scheme is not None else ()
+        stored = sum(_BITS[dtype if dtype in dtypes else dtypes[0]] * prod(lengths) for dtypes, lengths in parts)
+        found[scheme] = plain if scheme is None else stored
+    return found
 
 
 def choose(
@@ -125,38 +131,48 @@ def choose(
     it, a group's those that all of its linears have. Of equal choices, the smaller one is taken, then the one that
     comes first in the order given. Raises SettingsError where nothing fits.
     """
-    sizes_of = {group: _shared_sizes(group, [sizes[linear] for linear in linears]) for group, linears in groups.items()}
-    total = sum(weights[linear] for linears in groups.values() for linear in linears)
-    check_target([list(size.values()) for size in sizes_of.values()], total, target_bpw)
+    total = check_target(groups, sizes, weights, target_bpw)
     options = {
         group: [
-            Option(scheme=scheme, cost=sum(costs[linear][scheme] for linear in groups[group]), size_bits=size)
-            for scheme, size in of_group.items()
+            Option(scheme=scheme, cost=sum(costs[linear][scheme] for linear in linears), size_bits=size)
+            for scheme, size in _shared_sizes(group, [sizes[linear] for linear in linears]).items()
         ]
-        for group, of_group in sizes_of.items()
+        for group, linears in groups.items()
     }
-    picked = _knapsack(list(options.values()), _capacity(target_bpw, total))
+    picked = _knapsack(list(options.values()), int(_wanted_bits(target_bpw, total)))
     return Choice(options=dict(zip(options, picked, strict=True)), groups=groups, weights=total)
 
 
-def check_target(sizes: Iterable[Sequence[int]], weights: int, target_bpw: float) -> None:
-    """SettingsError unless the target lies between the smallest and the largest size; needs no sensitivities."""
-    smallest, largest = (sum(of_all) for of_all in zip(*((min(size), max(size)) for size in sizes), strict=True))
-    if not smallest <= _capacity(target_bpw, weights) <= largest:
+def check_target(
+    groups: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Mapping[Scheme | None, int]],
+    weights: Mapping[str, int],
+    target_bpw: float,
+) -> int:
+    """SettingsError unless something fits; arguments as for `choose`, before any cost is known. Returns all weights."""
+    of_groups = [_shared_sizes(group, [sizes[linear] for linear in linears]) for group, linears in groups.items()]
+    total = sum(weights[linear] for linears in groups.values() for linear in linears)
+    smallest, largest = (sum(pick(of_group.values()) for of_group in of_groups) for pick in (min, max))
+    if not smallest <= _wanted_bits(target_bpw, total) <= largest:
         raise SettingsError(
             f"`target_bpw` cannot be {target_bpw:g}",
-            hint=f"here it lies between {_ceil(smallest, weights)} and {_ceil(largest, weights)} bits per weight, "
+            hint=f"here it lies between {_ceil(smallest, total)} and {_floor(largest, total)} bits per weight, "
             "scales and zero points included",
         )
+    return total
 
 
-def _capacity(target_bpw: float, weights: int) -> int:
-    return int(Fraction(repr(target_bpw)) * weights)  # the decimal that was asked for, not the float next to it
+def _wanted_bits(target_bpw: float, weights: int) -> Fraction:
+    return Fraction(repr(target_bpw)) * weights  # the decimal that was asked for, not the float next to it
 
 
 def _ceil(bits: int, weights: int) -> float:
     """Bits per weight, rounded up to four digits: asking for that much is enough."""
     return -(-bits * 10_000 // weights) / 10_000
+
+
+def _floor(bits: int, weights: int) -> float:
+    return bits * 10_000 // weights / 10_000
 
 
 def _shared_sizes(group: str, sizes: Sequence[Mapping[Scheme | None, int]]) -> dict[Scheme | None, int]:
