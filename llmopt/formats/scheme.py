@@ -137,6 +137,15 @@ def check_scheme(name: str, scheme: Scheme) -> None:
             )
 
 
+def is_held(name: str, scheme: Scheme) -> bool:
+    """Whether the format can hold a linear of `scheme`."""
+    try:
+        check_scheme(name, scheme)
+    except SettingsError:
+        return False
+    return True
+
+
 def check_schemes(name: str, schemes: Schemes, kv_cache: KVCache = "none") -> None:
     """SettingsError unless the format `name` can hold all of `schemes` in one checkpoint, with this KV cache."""
     row = FORMATS[name]

@@ -11,16 +11,16 @@ head for one, count on neither side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from math import ldexp
+from math import ldexp, prod
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import SettingsError
-from llmopt.formats.scheme import FORMATS, Scheme
+from llmopt.formats.scheme import FORMATS, Scheme, is_held
 
 if TYPE_CHECKING:
     from llmopt.formats.base import Layout
@@ -86,12 +86,10 @@ def label(scheme: Scheme | None) -> str:
     return f"W{scheme.bits}{group}{'' if scheme.symmetric else ' asym'}"
 
 
-def candidates(scheme: Scheme, format_name: str) -> list[Scheme]:
-    """`scheme` at every number of bits that the format holds."""
-    return [
-        Scheme(bits=bits, group_size=scheme.group_size, symmetric=scheme.symmetric)
-        for bits in FORMATS[format_name].bits
-    ]
+def candidates(scheme: Scheme, format_name: str) -> list[Scheme | None]:
+    """`scheme` at every number of bits that the format holds it with, and None: plain weights."""
+    every = [replace(scheme, bits=bits) for bits in FORMATS[format_name].bits]
+    return [*(each for each in every if is_held(format_name, each)), None]
 
 
 def fused(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
@@ -108,7 +106,7 @@ class Table:
     """All that can be chosen: `groups` as `fused` has them, and by linear its candidates, their sizes, its weights."""
 
     groups: Mapping[str, Sequence[str]]
-    schemes: Mapping[str, Sequence[Scheme]]
+    schemes: Mapping[str, Sequence[Scheme | None]]
     sizes: Mapping[str, Mapping[Scheme | None, int]]
     weights: Mapping[str, int]
 
@@ -121,7 +119,7 @@ def bit_candidates(config: DecoderConfig, settings: QuantizeSettings) -> Table:
     from llmopt.formats.reading import get_format, linears
 
     common, encoding = settings.common, get_format(settings.common.format)
-    schemes: dict[str, Sequence[Scheme]] = {}
+    schemes: dict[str, Sequence[Scheme | None]] = {}
     sizes: dict[str, Mapping[Scheme | None, int]] = {}
     weights: dict[str, int] = {}
     for name, shape in linears(config).items():
@@ -130,25 +128,32 @@ def bit_candidates(config: DecoderConfig, settings: QuantizeSettings) -> Table:
             continue
         decided = any(fnmatchcase(name, pattern) for pattern in common.overrides)
         schemes[name] = [scheme] if decided else candidates(scheme, common.format)
-        sizes[name] = {each: size_bits(encoding.layout(shape, each), config.dtype) for each in schemes[name]}
+        sizes[name] = stored_bits(shape, schemes[name], encoding.layout, config.dtype)
         weights[name] = shape[0] * shape[1]
     together = fused(config) | ({config.family.head: (config.family.head,)} if config.family.head in schemes else {})
     groups = {group: kept for group, names in together.items() if (kept := [name for name in names if name in schemes])}
-    shared = [list(_shared_sizes(group, [sizes[name] for name in names]).values()) for group, names in groups.items()]
     if common.target_bpw is not None:
-        check_target(shared, sum(weights.values()), common.target_bpw)
+        check_target(groups, sizes, weights, common.target_bpw)
     return Table(groups=groups, schemes=schemes, sizes=sizes, weights=weights)
 
 
-def size_bits(layout: Layout, dtype: str) -> int:
-    """What a linear takes on disk; `dtype` is that of the checkpoint, which scales have where the format lets them."""
-    total = 0
-    for part in layout.values():
-        count = _BITS[dtype if dtype in part.dtypes else part.dtypes[0]]
-        for length in part.shapes[0]:
-            count *= length
-        total += count
-    return total
+def stored_bits(
+    shape: tuple[int, int],
+    schemes: Sequence[Scheme | None],
+    layout: Callable[[tuple[int, int], Scheme], Layout],
+    dtype: str,
+) -> dict[Scheme | None, int]:
+    """What a linear of (O, I) takes on disk with each scheme.
+
+    layout: of the format. dtype: of the checkpoint, which plain weights have, and scales where the format lets them.
+    """
+    plain = _BITS[dtype] * prod(shape)
+    found: dict[Scheme | None, int] = {}
+    for scheme in schemes:
+        parts = layout(shape, scheme).values() if scheme is not None else ()
+        stored = sum(_BITS[dtype if dtype in p.dtypes else p.dtypes[0]] * prod(p.shapes[0]) for p in parts)
+        found[scheme] = plain if scheme is None else stored
+    return found
 
 
 def choose(
@@ -164,38 +169,48 @@ def choose(
     it, a group's those that all of its linears have. Of equal choices, the smaller one is taken, then the one that
     comes first in the order given. Raises SettingsError where nothing fits.
     """
-    sizes_of = {group: _shared_sizes(group, [sizes[linear] for linear in linears]) for group, linears in groups.items()}
-    total = sum(weights[linear] for linears in groups.values() for linear in linears)
-    check_target([list(size.values()) for size in sizes_of.values()], total, target_bpw)
+    total = check_target(groups, sizes, weights, target_bpw)
     options = {
         group: [
-            Option(scheme=scheme, cost=sum(costs[linear][scheme] for linear in groups[group]), size_bits=size)
-            for scheme, size in of_group.items()
+            Option(scheme=scheme, cost=sum(costs[linear][scheme] for linear in linears), size_bits=size)
+            for scheme, size in _shared_sizes(group, [sizes[linear] for linear in linears]).items()
         ]
-        for group, of_group in sizes_of.items()
+        for group, linears in groups.items()
     }
-    picked = _knapsack(list(options.values()), _capacity(target_bpw, total))
+    picked = _knapsack(list(options.values()), int(_wanted_bits(target_bpw, total)))
     return Choice(options=dict(zip(options, picked, strict=True)), groups=groups, weights=total)
 
 
-def check_target(sizes: Iterable[Sequence[int]], weights: int, target_bpw: float) -> None:
-    """SettingsError unless the target lies between the smallest and the largest size; needs no sensitivities."""
-    smallest, largest = (sum(of_all) for of_all in zip(*((min(size), max(size)) for size in sizes), strict=True))
-    if not smallest <= _capacity(target_bpw, weights) <= largest:
+def check_target(
+    groups: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Mapping[Scheme | None, int]],
+    weights: Mapping[str, int],
+    target_bpw: float,
+) -> int:
+    """SettingsError unless something fits; arguments as for `choose`, before any cost is known. Returns all weights."""
+    of_groups = [_shared_sizes(group, [sizes[linear] for linear in linears]) for group, linears in groups.items()]
+    total = sum(weights[linear] for linears in groups.values() for linear in linears)
+    smallest, largest = (sum(pick(of_group.values()) for of_group in of_groups) for pick in (min, max))
+    if not smallest <= _wanted_bits(target_bpw, total) <= largest:
         raise SettingsError(
             f"`target_bpw` cannot be {target_bpw:g}",
-            hint=f"here it lies between {_ceil(smallest, weights)} and {_ceil(largest, weights)} bits per weight, "
+            hint=f"here it lies between {_ceil(smallest, total)} and {_floor(largest, total)} bits per weight, "
             "scales and zero points included",
         )
+    return total
 
 
-def _capacity(target_bpw: float, weights: int) -> int:
-    return int(Fraction(repr(target_bpw)) * weights)  # the decimal that was asked for, not the float next to it
+def _wanted_bits(target_bpw: float, weights: int) -> Fraction:
+    return Fraction(repr(target_bpw)) * weights  # the decimal that was asked for, not the float next to it
 
 
 def _ceil(bits: int, weights: int) -> float:
     """Bits per weight, rounded up to four digits: asking for that much is enough."""
     return -(-bits * 10_000 // weights) / 10_000
+
+
+def _floor(bits: int, weights: int) -> float:
+    return bits * 10_000 // weights / 10_000
 
 
 def _shared_sizes(group: str, sizes: Sequence[Mapping[Scheme | None, int]]) -> dict[Scheme | None, int]:

@@ -249,6 +249,9 @@ def resolve(settings: Mapping[str, Any]) -> QuantizeSettings | ConvertSettings:
             f"`target_bpw` chooses bits, and `{common.method}` needs 8 of them with these settings",
             hint="use it with `gptq`, `awq` or `rtn` without `activations`",
         )
+    if common.target_bpw is not None and not FORMATS[common.format].mixed:
+        mixed = " or ".join(f"`{name}`" for name, row in FORMATS.items() if row.mixed)
+        raise SettingsError(f"the format `{common.format}` holds one scheme for all linears", hint=f"use {mixed}")
     return QuantizeSettings(common=common, method=method)
 
 

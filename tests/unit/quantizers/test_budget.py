@@ -14,9 +14,8 @@ from llmopt.errors import SettingsError
 from llmopt.formats.base import QuantizedWeight
 from llmopt.formats.reading import get_format
 from llmopt.formats.scheme import Scheme
-from llmopt.quantizers.budget import Choice, candidates, check_target, choose, label, size_bits
+from llmopt.quantizers.budget import Choice, candidates, check_target, choose, label, stored_bits
 
-W4 = Scheme(bits=4, group_size=128, symmetric=True)
 SCHEMES = [Scheme(bits=bits, group_size=128, symmetric=True) for bits in (2, 3, 4, 8)]
 
 #: For each linear: how many weights, and the cost and the size of each scheme.
@@ -97,18 +96,24 @@ def test_an_option_that_is_larger_and_no_better_is_never_chosen() -> None:
     assert solve([(1, [(1.0, 2), (1.0, 3), (2.0, 4)])], 4).options["block.0"].size_bits == 2
 
 
+def check(smallest: int, largest: int, weights: int, target_bpw: float) -> None:
+    check_target({"b": ["b"]}, {"b": {SCHEMES[0]: smallest, SCHEMES[3]: largest}}, {"b": weights}, target_bpw)
+
+
 def test_a_target_out_of_reach_names_what_can_be_reached() -> None:
     for target in (2.0, 9.5):
         with pytest.raises(SettingsError, match=f"`target_bpw` cannot be {target:g}") as raised:
-            check_target([[2 * 128 + 16, 8 * 128 + 16]], 128, target)
+            check(2 * 128 + 16, 8 * 128 + 16, 128, target)
         assert raised.value.hint is not None
         assert "between 2.125 and 8.125 bits" in raised.value.hint
 
 
 def test_the_bounds_that_an_error_names_can_be_asked_for() -> None:
-    check_target([[1000, 3000]], 333, 3.0031)  # 1000 / 333 rounded up
-    with pytest.raises(SettingsError):
-        check_target([[1000, 3000]], 333, 3.003)
+    for target in (3.0031, 9.0090):  # 1000 / 333 rounded up, 3000 / 333 rounded down
+        check(1000, 3000, 333, target)
+    for target in (3.003, 9.0091):
+        with pytest.raises(SettingsError, match=r"`target_bpw` cannot be"):
+            check(1000, 3000, 333, target)
 
 
 def test_fused_linears_get_one_scheme() -> None:
@@ -141,12 +146,15 @@ def test_the_size_is_that_of_what_is_stored(name: str, bits: int, symmetric: boo
         bits=bits,
     )
     stored = get_format(name).encode(weight, scheme, "BF16", None)
-    assert size_bits(get_format(name).layout(shape, scheme), "BF16") == sum(t.array.nbytes * 8 for t in stored.values())
+    assert stored_bits(shape, [scheme, None], get_format(name).layout, "BF16") == {
+        scheme: sum(tensor.array.nbytes * 8 for tensor in stored.values()),
+        None: 64 * 256 * 16,
+    }
 
 
 def test_candidates_are_what_the_format_holds() -> None:
-    assert [s.bits for s in candidates(W4, "gptq")] == [2, 3, 4, 8]
-    assert {s.group_size for s in candidates(W4, "compressed-tensors")} == {128}
+    assert candidates(SCHEMES[2], "gptq") == [*SCHEMES, None]
+    assert len(candidates(SCHEMES[2], "compressed-tensors")) == 8
 
 
 def test_the_report_has_a_row_a_block() -> None:
