@@ -54,7 +54,14 @@ def calibration_source(store: Store, settings: Mapping[str, Any], progress: Prog
 def adapter(settings: Mapping[str, Any], progress: Progress) -> Input | None:
     """The LoRA adapter that a `quantize` merges first, if any."""
     reference = settings.get("adapter")
-    return None if reference is None else inputs.adapter(str(reference), progress)
+    if reference is None:
+        return None
+    if settings.get("method") == "convert":
+        raise SettingsError(
+            "an adapter cannot be merged into integers that are only converted",
+            hint="quantize the checkpoint that they were made from, with the adapter",
+        )
+    return inputs.adapter(str(reference), progress)
 
 
 def calibrate(model: Input, source: Input, settings: Mapping[str, Any], *, adapter: Input | None = None) -> Stage:

@@ -131,6 +131,11 @@ def test_a_measurement_is_keyed_by_the_machine(monkeypatch: pytest.MonkeyPatch) 
     assert before.key != after.key
 
 
+def test_what_is_only_converted_takes_no_adapter() -> None:
+    with pytest.raises(SettingsError, match="adapter cannot be merged"):
+        stages.adapter({"method": "convert", "adapter": "someone/lora"}, silent)
+
+
 def test_an_engine_cannot_be_quantized(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text("{}")
     engine = inputs.resolve(Store(tmp_path), str(tmp_path))
