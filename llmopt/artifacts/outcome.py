@@ -13,8 +13,8 @@ class Progress(Protocol):
     """Called with one short line whenever a stage has something to say; the command decides where it goes.
 
     The same as facts, for machines and for a progress bar: `stage`; `done` of `total` steps, and the `seconds` this
-    one took (none: it was done before this process); `block`; `errors`, the relative error of each of its linears;
-    `rss_bytes` and `peak_rss_bytes`. A stage sends those it has, and may send more.
+    one took (none: it was done before this process); `block`; `errors`, the relative error of each of its linears
+    by name; `rss_bytes` and `peak_rss_bytes`. A stage sends those it has, and may send more.
     """
 
     def __call__(self, line: str, /, **facts: Json) -> None: ...

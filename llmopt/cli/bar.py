@@ -83,8 +83,10 @@ class Bar:
         if not isinstance(errors, dict) or not errors:
             return None
         name, error = max(errors.items(), key=lambda item: _number(item[1]))
-        where = f"{self._facts['block']}.{name}" if "block" in self._facts else name
-        return Text(f"  worst relative error {_number(error):.4f} in {where}", no_wrap=True, overflow="ellipsis")
+        block = self._facts.get("block")
+        if block is not None and not name.startswith(f"{block}."):
+            name = f"{block}.{name}"
+        return Text(f"  worst relative error {_number(error):.4f} in {name}", no_wrap=True, overflow="ellipsis")
 
 
 def _memory(facts: Mapping[str, Json]) -> str:

@@ -77,6 +77,16 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "\x1b[38;" in sent
 
 
+@pytest.mark.parametrize("name", ["mlp.up_proj", "model.layers.3.mlp.up_proj"])
+def test_the_worst_linear_is_named_once_and_in_full(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from llmopt.cli.bar import Bar
+
+    bar = Bar()
+    bar.update({"stage": "quantize", "done": 1, "total": 2, "block": "model.layers.3", "errors": {name: 0.1}})
+    bar.close()
+    assert "worst relative error 0.1000 in model.layers.3.mlp.up_proj" in capfd.readouterr().err
+
+
 def test_lines_that_are_no_block_are_shown_above_the_bar() -> None:
     _, sent = on_a_terminal()
     assert "reading [the] model" in sent
