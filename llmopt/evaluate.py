@@ -247,6 +247,7 @@ def answerer(model: Source, workers: Workers, progress: Progress) -> harness.Ans
     import torch
 
     from llmopt.formats.dequantized import load_head
+    from llmopt.models.decoder import logits
 
     config = model.config
     head = load_head(model.checkpoint, config, model.reader)
@@ -256,7 +257,7 @@ def answerer(model: Source, workers: Workers, progress: Progress) -> harness.Ans
         hidden_size=config.hidden_size,
         blocks=[config.block(index) for index in range(config.layers)],
         hidden=lambda ids, finished: _hidden_states(model, ids, workers, finished),
-        log_probs=lambda states: torch.log_softmax(states @ head.T, dim=-1),
+        log_probs=lambda states: torch.log_softmax(logits(states, head, config), dim=-1),
         workers=workers,
         progress=progress,
     )

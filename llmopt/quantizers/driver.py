@@ -479,11 +479,12 @@ class Driver:
     def _tell(self, number: int, part: _Part, seconds: float) -> None:
         layers, block = self._config.layers, self._config.block(number - 1)
         facts: dict[str, Any] = {"stage": "quantize", "done": number, "total": layers, "block": block}
-        facts |= {"seconds": round(seconds, 3), "errors": part.errors, **memory.usage()}
+        errors = {name.removeprefix(f"{block}."): error for name, error in part.errors.items()}
+        facts |= {"seconds": round(seconds, 3), "errors": errors, **memory.usage()}
         line = f"block {number}/{layers}"
-        if part.errors:
-            worst = max(part.errors, key=lambda name: part.errors[name])
-            line += f": worst relative error {part.errors[worst]:.4f} in {worst.removeprefix(block + '.')}"
+        if errors:
+            worst = max(errors, key=lambda name: errors[name])
+            line += f": worst relative error {errors[worst]:.4f} in {worst}"
         self._progress(line, **facts)
 
 
