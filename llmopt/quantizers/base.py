@@ -222,7 +222,8 @@ def sample_every(tokens: int) -> int:
 
 
 def _diagonal_blocks(x_NI: torch.Tensor) -> torch.Tensor:
-    x_BNS = x_NI.view(len(x_NI), -1, block_size(x_NI.shape[1])).transpose(0, 1)
+    size = block_size(x_NI.shape[1])
+    x_BNS = x_NI.view(len(x_NI), x_NI.shape[1] // size, size).transpose(0, 1)
     return torch.bmm(x_BNS.transpose(1, 2), x_BNS)
 
 

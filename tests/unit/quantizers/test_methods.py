@@ -23,6 +23,12 @@ SCHEMES = [
 ]
 
 
+def statistics_of(x_NI: torch.Tensor, wanted: frozenset[str]) -> Statistics:
+    found = Statistics()
+    found.take(x_NI, wanted)
+    return found.finish()
+
+
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -194,14 +200,16 @@ def test_aiming_is_least_squares_on_the_inputs_as_they_are() -> None:
     original_NI = correlated_inputs(600, 32)
     x_NI, ahead_NO = original_NI + 0.1 * random(600, 32, seed=7), 0.2 * random(600, 8, seed=8)
     weight_OI = random(8, 32)
-    got_OI = aim(weight_OI, x_NI.T @ x_NI, original_NI.T @ x_NI, ahead_NO.T @ x_NI, damping=1e-8)
+    got_OI = aim(
+        weight_OI, x_NI.T @ x_NI, original_NI.T @ x_NI, ahead_NO.T @ x_NI, prepared(x_NI.T @ x_NI, damping=1e-8)
+    )
     expected_OI = torch.linalg.lstsq(x_NI, original_NI @ weight_OI.T + ahead_NO).solution.T
     assert torch.allclose(got_OI, expected_OI, atol=5e-3)
 
 
 def test_aiming_changes_nothing_where_nothing_deviates() -> None:
     weight_OI, hessian_II = random(8, 128), hessian(correlated_inputs())
-    assert torch.equal(aim(weight_OI, hessian_II, hessian_II, None, damping=0.01), weight_OI)
+    assert torch.equal(aim(weight_OI, hessian_II, hessian_II, None, prepared(hessian_II, damping=0.01)), weight_OI)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -309,11 +317,11 @@ def w8a8(activations: Activations) -> Scheme:
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
 def test_a_searched_smoothing_is_no_worse_than_any_fixed_one(activations: Activations) -> None:
     x_NI, weight_OI = correlated_inputs() * torch.logspace(-1, 1.5, 128), random(64, 128)
-    statistics = Statistics.of(x_NI, frozenset({"abs_max", "sample"}))
+    statistics = statistics_of(x_NI, frozenset({"abs_max", "sample"}))
     scheme = w8a8(activations)
 
     def error(scale_I: torch.Tensor) -> float:
-        scaled = Statistics.of(x_NI / scale_I, frozenset({"abs_max", "sample"}))
+        scaled = statistics_of(x_NI / scale_I, frozenset({"abs_max", "sample"}))
         step = None
         if activations == "static":
             step = static_scale(weight_OI * scale_I, scaled.sample_NI, scaled.abs_max_I, len(x_NI), scheme)  # type: ignore[arg-type]
@@ -332,8 +340,9 @@ def test_statistics_add_up() -> None:
     wanted = frozenset({"hessian", "blocks", "abs_sum", "abs_max"})
     total = Statistics()
     for part in torch.split(x_NI, 7):
-        total.add(Statistics.of(part, wanted))
-    whole = Statistics.of(x_NI, wanted)
+        total.take(part, wanted)
+    whole = statistics_of(x_NI, wanted)
+    total.finish()
     assert total.tokens == whole.tokens == 30
     for name in ("hessian_II", "blocks_BSS", "abs_sum_I", "abs_max_I"):
         assert torch.allclose(getattr(total, name), getattr(whole, name), atol=1e-4)
@@ -342,14 +351,14 @@ def test_statistics_add_up() -> None:
 def test_samples_of_batches_come_in_their_order() -> None:
     x_NI, total = random(60, 8), Statistics()
     for part in torch.split(x_NI, 20):
-        total.add(Statistics.of(part, frozenset({"sample"}), sample_every=5))
+        total.take(part, frozenset({"sample"}), sample_every=5)
     assert total.sample_NI is not None
     assert torch.equal(total.sample_NI, x_NI[2::5])
 
 
 @pytest.mark.parametrize("features", [48, 96, 256])
 def test_blocks_are_those_of_the_hessian(features: int) -> None:
-    statistics = Statistics.of(random(50, features), frozenset({"hessian", "blocks"}))
+    statistics = statistics_of(random(50, features), frozenset({"hessian", "blocks"}))
     assert statistics.hessian_II is not None
     assert statistics.blocks_BSS is not None
     size = block_size(features)
@@ -361,7 +370,7 @@ def test_blocks_are_those_of_the_hessian(features: int) -> None:
 def test_divided_statistics_are_those_of_the_divided_input() -> None:
     x_NI, scale_I = random(50, 256), random(256, seed=1).abs() + 0.1
     wanted = frozenset({"hessian", "blocks", "sample", "abs_sum", "abs_max"})
-    got, expected = Statistics.of(x_NI, wanted), Statistics.of(x_NI / scale_I, wanted)
+    got, expected = statistics_of(x_NI, wanted), statistics_of(x_NI / scale_I, wanted)
     got.divide(scale_I)
     for name in ("hessian_II", "blocks_BSS", "sample_NI", "abs_sum_I", "abs_max_I"):
         assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-2), name

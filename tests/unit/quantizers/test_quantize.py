@@ -303,7 +303,7 @@ def test_skipping_everything_is_refused(tiny: Path, text: Path) -> None:
 def test_a_group_size_is_checked_for_the_linears_that_have_it(make_checkpoint: Callable[..., Path], text: Path) -> None:
     model = make_checkpoint("llama", intermediate_size=288)
     fitting = {**SMALL, "overrides": {"*.down_proj": {"group_size": 32}}}
-    quantizers.check(model, quantizers.resolve(fitting), text)
+    quantizers.check_model(model, quantizers.resolve(fitting))
 
 
 def test_a_tied_head_cannot_be_quantized(tiny: Path, text: Path) -> None:
