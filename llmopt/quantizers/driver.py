@@ -193,13 +193,13 @@ class Driver:
 
     def _resume(self, out: Path, journal: Journal, done: int) -> Shelf:
         """The activations that enter block `done`: kept ones, carried on through the blocks finished since."""
-        folder = out / ".begun" / "shelf"
+        folder, layers = out / ".begun" / "shelf", self._config.layers
+        if done:
+            self._progress(f"going on after block {done}/{layers}", stage="quantize", done=done, total=layers)
         if done == 0 or self._windows is None:
             return self._embed(folder)
-        if done == self._config.layers and not self._settings.common.lm_head:
+        if done == layers and self._schemes[self._config.family.head] is None:
             return Shelf(folder, 0, self._half)
-        layers = self._config.layers
-        self._progress(f"going on after block {done}/{layers}", stage="quantize", done=done, total=layers)
         first, shelf = 0, None
         if (kept := journal.saved(done, half=self._half)) is not None:
             first, shelf = kept[0], Shelf(folder, self._shelf_bytes(self._windows.shape[1]), self._half)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmopt.formats.scheme import Activations, Scheme
+from llmopt.models.parallel import Workers
 from llmopt.quantizers import awq as awq_module
 from llmopt.quantizers import gptq as gptq_module
 from llmopt.quantizers.activations import int8_input, static_scale
@@ -346,6 +347,25 @@ def test_statistics_add_up() -> None:
     assert total.tokens == whole.tokens == 30
     for name in ("hessian_II", "blocks_BSS", "abs_sum_I", "abs_max_I"):
         assert torch.allclose(getattr(total, name), getattr(whole, name), atol=1e-4)
+
+
+def test_the_hessian_is_whole_though_only_half_is_summed() -> None:
+    x_NI, original_NI, ahead_NO = random(40, 1100), random(40, 1100, seed=1), random(40, 7, seed=2)
+    got = Statistics()
+    for part in (slice(0, 24), slice(24, 40)):
+        got.take(x_NI[part], frozenset({"hessian"}), original=original_NI[part], ahead=ahead_NO[part])
+    assert torch.allclose(got.finish().hessian_II, x_NI.T @ x_NI, atol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(got.cross_II, original_NI.T @ x_NI, atol=1e-4)  # type: ignore[arg-type]
+    assert torch.allclose(got.ahead_OI, ahead_NO.T @ x_NI, atol=1e-4)  # type: ignore[arg-type]
+
+
+def test_products_of_bfloat16_factors_are_summed_in_float32() -> None:
+    x_NI = random(2000, 64) + 1  # sums of 2000 positive numbers, of which BF16 would keep three digits
+    with Workers(bfloat16=True):
+        got = statistics_of(x_NI.bfloat16(), frozenset({"hessian"})).hessian_II
+    exact = x_NI.bfloat16().double().T @ x_NI.bfloat16().double()
+    assert got is not None
+    assert float((got - exact).norm() / exact.norm()) < 1e-5
 
 
 def test_samples_of_batches_come_in_their_order() -> None:
