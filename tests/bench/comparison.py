@@ -65,9 +65,7 @@ class Comparison:
                 self._done[key] = self._figures(Path(json.loads(said)["path"]), Path(folder), model, evaluate)
         return self._done[key]
 
-    def peer(
-        self, peer: str, model: Path, ids: Path, settings: Mapping[str, Any], *, evaluate: bool = True
-    ) -> Figures:
+    def peer(self, peer: str, model: Path, ids: Path, settings: Mapping[str, Any], *, evaluate: bool = True) -> Figures:
         """The peer's runner with these settings; measured once for each version of everything that matters to it."""
         key = _digest(peer, model, ids, settings)
         if key not in self._done:
@@ -111,7 +109,9 @@ class Comparison:
 def table(rows: Mapping[str, Figures], *, against: str) -> str:
     """One line a run; ratios to the run `against`."""
     base = rows[against]
-    lines = [f"{'':34} {'core s':>7} {'ratio':>6} {'process s':>9} {'peak MB':>8} {'KL x 1e-3':>9} {'ratio':>6} {'MB':>8}"]
+    lines = [
+        f"{'':34} {'core s':>7} {'ratio':>6} {'process s':>9} {'peak MB':>8} {'KL x 1e-3':>9} {'ratio':>6} {'MB':>8}"
+    ]
     for name, row in rows.items():
         kl = f"{'':>9} {'':>6}"
         if row.kl_mean is not None and base.kl_mean is not None:

@@ -1,6 +1,6 @@
 """Write a Llama of any size with random weights, one block in memory at a time: for what a trained model is too small.
 
-    python tests/bench/generate.py OUT --hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 32000
+python tests/bench/generate.py OUT --hidden 2048 --mlp 8192 --layers 16 --heads 32 --kv-heads 8 --vocab 32000
 """
 
 from __future__ import annotations

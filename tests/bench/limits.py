@@ -100,7 +100,7 @@ def _remove(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A command that ended; `killed` if we ended it. Peaks are its own: `rss` with mapped files, `anonymous` without."""
+    """A command that ended; `killed` if we ended it. Peaks are its own, `rss` with the files that it maps."""
 
     code: int
     out: str

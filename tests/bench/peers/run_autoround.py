@@ -1,8 +1,8 @@
 """Quantize with auto-round: the job's settings on the job's token ids. Runs in auto-round's own venv.
 
-    python run_autoround.py job.json
-    {"model": folder, "ids": file.npy [N, T], "config": {AutoRound's arguments}, "out": folder,
-     "figures": "figures.json"}
+python run_autoround.py job.json
+{"model": folder, "ids": file.npy [N, T], "config": {AutoRound's arguments}, "out": folder,
+ "figures": "figures.json"}
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantize with GPTQModel: the job's settings on the job's token ids. Runs in GPTQModel's own venv.
 
-    python run_gptqmodel.py job.json
-    {"model": folder, "ids": file.npy [N, T], "config": {QuantizeConfig's arguments}, "batch": windows at once,
-     "out": folder, "figures": "figures.json"}
+python run_gptqmodel.py job.json
+{"model": folder, "ids": file.npy [N, T], "config": {QuantizeConfig's arguments}, "batch": windows at once,
+ "out": folder, "figures": "figures.json"}
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantize with llmcompressor: the job's recipe on the job's token ids. Runs in llmcompressor's own venv.
 
-    python run_llmcompressor.py job.json
-    {"model": folder, "ids": file.npy [N, T], "recipe": [[modifier, arguments], ...], "batch": windows at once,
-     "out": folder, "figures": "figures.json"}
+python run_llmcompressor.py job.json
+{"model": folder, "ids": file.npy [N, T], "recipe": [[modifier, arguments], ...], "batch": windows at once,
+ "out": folder, "figures": "figures.json"}
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run `llmopt` in this process with the job's arguments, and time what `quantize` itself does in it.
 
-    python run_llmopt.py job.json      {"arguments": ["quantize", ...], "figures": "figures.json"}
+python run_llmopt.py job.json      {"arguments": ["quantize", ...], "figures": "figures.json"}
 """
 
 from __future__ import annotations
