@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench model clean
+.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-judges model clean
 
 setup: $(READY)
 
@@ -17,7 +17,7 @@ demo: setup  ## quantize, compile and load-test the shipped model; prints one ta
 	$(BIN)/llmopt run demo/pipeline.yaml
 
 test: setup  ## all tests, judges included; benchmarks are left to `make bench`
-	$(BIN)/python -m pytest -q -m "not bench"
+	$(BIN)/python -m pytest -q -m "not bench and not peers and not judge"
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -28,8 +28,31 @@ check: setup
 bench: setup  ## the figures of README.md
 	$(BIN)/python -m pytest -q -s -m bench tests/bench
 
+# Other tools want other versions of torch and transformers than we do: each has an environment of its own.
+PEERS := llmcompressor gptqmodel autoround
+JUDGES := llmcompressor gptqmodel modelopt peft lm_eval
+
+.venv-%/.ready: tests/bench/peers/%.txt
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again
+	$(BIN)/python -m pytest -q -s -m peers tests/bench/test_against_peers.py
+
+bench-large: setup .venv-llmcompressor/.ready  ## the same on a model of 1B parameters (an hour of one core)
+	$(BIN)/python -m pytest -q -s -m peers tests/bench/test_large.py
+
+bench-memory: setup  ## 8 GB of weights under 4 GB of memory, and killed twenty times
+	$(BIN)/python -m pytest -q -s -m bench tests/bench/test_memory.py
+
+bench-judges: $(JUDGES:%=judge-%)  ## other tools load what we wrote
+
+judge-%: .venv-%/.ready
+	PYTHONPATH=. .venv-$*/bin/python -m pytest -q -m judge -W default tests/judges/test_$*.py
+
 model: setup  ## train the shipped model again (hours on a CPU; see demo/README.md)
 	$(BIN)/python demo/train.py --out demo/model
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

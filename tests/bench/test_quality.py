@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from llmopt.profiles import CALIBRATION_TEXT, HELDOUT_TEXT
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3000)]
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
 W4 = {"bits": 4, "group_size": 128}
 W8A8 = {"method": "rtn", "bits": 8, "group_size": -1}
 RUNS: dict[str, dict[str, Any]] = {
@@ -31,18 +29,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "W8A8 SmoothQuant dynamic": {"method": "smoothquant"},
     "W8A8 SmoothQuant static": {"method": "smoothquant", "activations": "static"},
 }
-
-
-@pytest.fixture(scope="module")
-def outlier_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("outliers", DEMO / "outliers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = tmp_path_factory.mktemp("outliers") / "model"
-    module.add_outliers(DEMO / "model", folder)
-    return folder
 
 
 def measure(base: Path, scratch: Path) -> dict[str, float]:
@@ -62,10 +48,10 @@ def measure(base: Path, scratch: Path) -> dict[str, float]:
     return found
 
 
-def test_quality(outlier_model: Path, tmp_path: Path) -> None:
+def test_quality(demo_model: Path, outlier_model: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    plain, outliers = measure(DEMO / "model", tmp_path / "a"), measure(outlier_model, tmp_path / "b")
+    plain, outliers = measure(demo_model, tmp_path / "a"), measure(outlier_model, tmp_path / "b")
     print("\nmean KL x 1e-3         ", "demo model", "with outliers", sep="  ")
     for name in RUNS:
         print(f"{name:25}  {plain[name]:10.3f}  {outliers[name]:13.3f}")
