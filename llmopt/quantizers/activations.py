@@ -12,7 +12,8 @@ from llmopt.quantizers import fp8
 from llmopt.quantizers.base import exact_scale
 
 _INT8_HALF = 127.5  # half of the 255 steps of int8's range, as compressed-tensors divides it
-_FINEST = 48  # candidates for a static scale: eighths of a power of two, down to 1/64 of the range
+_COARSE, _FINE = 4, (-3, -2, -1, 1, 2, 3)  # eighths of a power of two between candidates for a static scale
+_SMALLEST = 48  # of them: 1/64 of the range
 
 
 def int8_input(x_NI: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
@@ -35,15 +36,20 @@ def static_scale(
     if scheme.kind == "float":
         return exact_scale(peak / fp8.LARGEST)
     importance_I, weight = weight_OI.square().sum(dim=0), tokens / max(1, len(sample_NI))
-    best_step, best_error = exact_scale(peak / _INT8_HALF), torch.tensor(torch.inf)
-    for number in range(_FINEST):
-        step = exact_scale(peak / _INT8_HALF * 2 ** (-number / 8))
-        error_I = (int8_input(sample_NI, step) - sample_NI).square().sum(dim=0) * weight
-        error_I += (abs_max_I - (step * 127)).clamp(min=0).square()
-        error = error_I @ importance_I
-        if error < best_error:
-            best_step, best_error = step, error
-    return best_step
+
+    def candidate(eighths: int) -> torch.Tensor:
+        return exact_scale(peak / _INT8_HALF * 2 ** (-eighths / 8))
+
+    def error(eighths: int) -> float:
+        step = candidate(eighths)
+        error_I = (int8_input(sample_NI, step) - sample_NI).square_().sum(dim=0) * weight
+        error_I += (abs_max_I - step * 127).clamp(min=0).square()
+        return float(error_I @ importance_I)
+
+    errors = {eighths: error(eighths) for eighths in range(0, _SMALLEST, _COARSE)}
+    near = min(errors, key=errors.__getitem__)
+    errors |= {near + offset: error(near + offset) for offset in _FINE if near + offset > 0}
+    return candidate(min(errors, key=errors.__getitem__))
 
 
 def kv_scales(peaks: torch.Tensor, kind: KVCache) -> tuple[float, float]:
