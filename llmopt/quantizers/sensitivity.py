@@ -107,8 +107,8 @@ def _site_costs(
     workers: Workers,
     factorize: Callable[[torch.Tensor], Curvature | None] | None,
 ) -> dict[str, dict[Scheme | None, float]]:
-    """`tokens` counts those of the windows, of which the site may have seen a part."""
-    hessian_II = felt.hessian_II / felt.tokens
+    """`tokens` counts those of the windows, of which the site may have seen a part or nothing."""
+    hessian_II = felt.hessian_II / max(felt.tokens, 1)
     curvature = None if factorize is None else factorize(hessian_II)
     names = [name for name in weights_OI if name in candidates]
 
