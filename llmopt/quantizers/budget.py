@@ -166,8 +166,8 @@ def choose(
     """The choice of least predicted KL with at most `target_bpw` bits per weight.
 
     costs, sizes (in bits), weights (how many): by linear. A linear's candidates are the schemes that `sizes` has for
-    it, a group's those that all of its linears have. Of equal choices, the smaller one is taken, then the one that
-    comes first in the order given. Raises SettingsError where nothing fits.
+    it, a group's those that all of its linears have. Of equal choices the smaller one is taken; what is equal even then
+    is decided by the order given. Raises SettingsError where nothing fits.
     """
     total = check_target(groups, sizes, weights, target_bpw)
     options = {

@@ -41,32 +41,26 @@ _ROWS = 512  # of a linear, evenly spaced, whose rounding is tried
 class Felt:
     """What the backward pass leaves of one site: sums over its tokens, by linear where they differ.
 
-    fisher_O: of g^2. hessian_II: of x x^T, None unless asked for. weights: for each batch in turn, g^2 of its tokens
-    (float32 [N]), summed over the linears, each the mean over its outputs.
+    fisher_O: of g^2. hessian_II: of x x^T.
     """
 
     tokens: int
     fisher_O: dict[str, torch.Tensor]
-    weights: list[torch.Tensor]
-    hessian_II: torch.Tensor | None
+    hessian_II: torch.Tensor
 
     @classmethod
-    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor], *, hessian: bool) -> Felt:
+    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> Felt:
         """Of one batch: x [..., I] is the site's input, `gradients` [..., O] those at its linears' outputs."""
         x_NI = x.reshape(-1, x.shape[-1])
-        squares = {name: g.square().reshape(-1, g.shape[-1]) for name, g in gradients.items()}
-        weight_N = torch.stack([square_NO.mean(dim=1) for square_NO in squares.values()]).sum(dim=0)
-        fisher_O = {name: square_NO.sum(dim=0) for name, square_NO in squares.items()}
-        return cls(len(x_NI), fisher_O, [weight_N], x_NI.T @ x_NI if hessian else None)
+        fisher_O = {name: g.square().reshape(-1, g.shape[-1]).sum(dim=0) for name, g in gradients.items()}
+        return cls(len(x_NI), fisher_O, x_NI.T @ x_NI)
 
     def add(self, other: Felt) -> None:
         """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
         self.tokens += other.tokens
-        self.weights += other.weights
+        self.hessian_II += other.hessian_II
         for name, square_O in other.fisher_O.items():
             self.fisher_O[name] += square_O
-        if self.hessian_II is not None and other.hessian_II is not None:
-            self.hessian_II += other.hessian_II
 
 
 @dataclass
@@ -100,46 +94,30 @@ def measure_costs(
     """
     costs: dict[str, dict[Scheme | None, float]] = {}
     head = config.family.head in candidates
-    walk = sensitivities(checkpoint, config, windows, workers, progress, spill=spill, hessians=True, head=head)
-    for weights_OI, felt in walk:
-        assert felt.hessian_II is not None
-        hessian_II = felt.hessian_II / felt.tokens
-        curvature = None if factorize is None else factorize(hessian_II)
-        names = [name for name in weights_OI if name in candidates]
-
-        def price(
-            name: str,
-            felt: Felt = felt,
-            hessian_II: torch.Tensor = hessian_II,
-            curvature: Curvature | None = curvature,
-            weights_OI: Mapping[str, torch.Tensor] = weights_OI,
-        ) -> list[float]:
-            fisher_O = felt.fisher_O[name] / windows.size
-            return candidate_costs(weights_OI[name], hessian_II, fisher_O, candidates[name], curvature)
-
-        for name, found in zip(names, workers.map(price, names), strict=True):
-            costs[name] = dict(zip(candidates[name], found, strict=True))
+    for weights_OI, felt in sensitivities(checkpoint, config, windows, workers, progress, spill=spill, head=head):
+        costs |= _site_costs(weights_OI, felt, candidates, windows.size, workers, factorize)
     return costs
 
 
-def token_weights(
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
-    windows: np.ndarray,
+def _site_costs(
+    weights_OI: Mapping[str, torch.Tensor],
+    felt: Felt,
+    candidates: Mapping[str, Sequence[Scheme | None]],
+    tokens: int,
     workers: Workers,
-    progress: Progress,
-    *,
-    spill: Path,
-) -> dict[str, torch.Tensor]:
-    """How much an error at each token counts in the KL, by linear: float32 [B * T] in the windows' order, mean one.
+    factorize: Callable[[torch.Tensor], Curvature | None] | None,
+) -> dict[str, dict[Scheme | None, float]]:
+    """`tokens` counts those of the windows, of which the site may have seen a part or nothing."""
+    hessian_II = felt.hessian_II / max(felt.tokens, 1)
+    curvature = None if factorize is None else factorize(hessian_II)
+    names = [name for name in weights_OI if name in candidates]
 
-    Linears of one site share a tensor. A Hessian, and what is compared with it, becomes sum of weight x x^T.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for weights_OI, felt in sensitivities(checkpoint, config, windows, workers, progress, spill=spill):
-        weight_N = torch.cat(felt.weights)
-        found |= dict.fromkeys(weights_OI, weight_N / weight_N.mean().clamp(min=1e-30))
-    return found
+    def price(name: str) -> list[float]:
+        fisher_O = felt.fisher_O[name] / tokens
+        return candidate_costs(weights_OI[name], hessian_II, fisher_O, candidates[name], curvature)
+
+    found = zip(names, workers.map(price, names), strict=True)
+    return {name: dict(zip(candidates[name], costs, strict=True)) for name, costs in found}
 
 
 def candidate_costs(
@@ -184,7 +162,6 @@ def sensitivities(
     progress: Progress,
     *,
     spill: Path,
-    hessians: bool = False,
     head: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[dict[str, torch.Tensor], Felt]]:
@@ -204,7 +181,7 @@ def sensitivities(
         batches = list(workers.map(lambda x, block=block: block.forward(x, tables), batches))  # type: ignore[misc]
         checkpoint.release()
         progress(f"sensitivity: block {index + 1}/{config.layers} forwards")
-    gradients, at_head = _back_through_head(checkpoint, config, batches, workers, seed, hessian=hessians)
+    gradients, at_head = _back_through_head(checkpoint, config, batches, workers, seed)
     del batches
     if head:
         yield {config.family.head: load_head(checkpoint, config, None)}, at_head
@@ -214,7 +191,7 @@ def sensitivities(
 
         def back(number: int, index: int = index, block: DecoderBlock = block) -> tuple[torch.Tensor, dict[str, Felt]]:
             x_BTH = torch.from_numpy(np.load(_file(spill, index, number)))
-            return _back_through_block(block, x_BTH, gradients[number], tables, config.block(index), hessian=hessians)
+            return _back_through_block(block, x_BTH, gradients[number], tables, config.block(index))
 
         for number, (gradient_BTH, part) in enumerate(workers.map(back, range(len(gradients)), grad=True)):
             gradients[number] = gradient_BTH
@@ -245,8 +222,6 @@ def _back_through_head(
     batches: list[torch.Tensor],
     workers: Workers,
     seed: int,
-    *,
-    hessian: bool,
 ) -> tuple[list[torch.Tensor], Felt]:
     """J^T v at the last block's outputs for one random v a token, and what is felt at the head itself."""
     norm = final_norm(checkpoint, config)
@@ -262,7 +237,7 @@ def _back_through_head(
             logits_NV = logits(normed_NH, head_VH, config)
             sample_NV = sample_fisher(logits_NV.detach(), generator)
             found += torch.autograd.grad(logits_NV, x_NH, sample_NV)
-            _add(felt, {name: Felt.of(normed_NH.detach(), {name: sample_NV}, hessian=hessian)})
+            _add(felt, {name: Felt.of(normed_NH.detach(), {name: sample_NV})})
         return torch.cat(found).reshape(x_BTH.shape), felt
 
     gradients, total = [], dict[str, Felt]()
@@ -285,8 +260,6 @@ def _back_through_block(
     gradient_BTH: torch.Tensor,
     tables: PositionTables,
     prefix: str,
-    *,
-    hessian: bool,
 ) -> tuple[torch.Tensor, dict[str, Felt]]:
     """The gradient at the block's input, and what is felt at each site, its linears by their full names."""
     watched = _Watched(block.config, block.index, block.tensors)
@@ -297,5 +270,5 @@ def _back_through_block(
     felt = {}
     for site in block.config.sites(block.index):
         x, _ = watched.seen[site.linears[0]]
-        felt[site.name] = Felt.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears}, hessian=hessian)
+        felt[site.name] = Felt.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears})
     return at_input_BTH, felt
