@@ -93,12 +93,17 @@ def candidates(scheme: Scheme, format_name: str) -> list[Scheme | None]:
 
 
 def fused(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
-    """The linears that must have one scheme, by the name of their group: runtimes compute them as one matrix."""
-    return {
-        f"{config.block(index)}.{site.name}": tuple(f"{config.block(index)}.{linear}" for linear in site.linears)
-        for index in range(config.layers)
-        for site in config.sites(index)
-    }
+    """The linears that must have one scheme, by the name of their group: runtimes compute them as one matrix.
+
+    All experts of a block are one group.
+    """
+    groups: dict[str, tuple[str, ...]] = {}
+    for index in range(config.layers):
+        prefix = config.block(index)
+        for site in config.sites(index):
+            group = f"{prefix}.{site.name if site.expert is None else 'experts'}"
+            groups[group] = (*groups.get(group, ()), *(f"{prefix}.{linear}" for linear in site.linears))
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,7 +28,7 @@ from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, PositionTables, embed, final_norm, logits, position_tables
 from llmopt.models.parallel import Workers
-from llmopt.quantizers.base import Grid, grouped
+from llmopt.quantizers.base import Each, Grid, Statistics, grouped
 from llmopt.quantizers.gptq import Curvature
 from llmopt.quantizers.rtn import rtn
 
@@ -37,30 +37,32 @@ _HEAD_TOKENS = 512  # logits held at once
 _ROWS = 512  # of a linear, evenly spaced, whose rounding is tried
 
 
-@dataclass(slots=True)
-class Felt:
-    """What the backward pass leaves of one site: sums over its tokens, by linear where they differ.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the backward pass leaves of one site and one batch: its input x_NI and, by linear, the sum of g^2."""
 
-    fisher_O: of g^2. hessian_II: of x x^T.
-    """
-
-    tokens: int
+    x_NI: torch.Tensor
     fisher_O: dict[str, torch.Tensor]
-    hessian_II: torch.Tensor
 
     @classmethod
-    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> Felt:
-        """Of one batch: x [..., I] is the site's input, `gradients` [..., O] those at its linears' outputs."""
-        x_NI = x.reshape(-1, x.shape[-1])
+    def of(cls, x: torch.Tensor, gradients: Mapping[str, torch.Tensor]) -> _Part:
+        """x [..., I] is the site's input, `gradients` [..., O] those at its linears' outputs."""
         fisher_O = {name: g.square().reshape(-1, g.shape[-1]).sum(dim=0) for name, g in gradients.items()}
-        return cls(len(x_NI), fisher_O, x_NI.T @ x_NI)
+        return cls(x.reshape(-1, x.shape[-1]), fisher_O)
 
-    def add(self, other: Felt) -> None:
+
+@dataclass(slots=True)
+class Felt:
+    """What the backward pass leaves of one site: its input's statistics and, by linear, the sum of g^2 over tokens."""
+
+    statistics: Statistics = field(default_factory=Statistics)
+    fisher_O: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, part: _Part, each: Each) -> None:
         """Take in the next batch, in place. The caller fixes the order, which fixes the bytes."""
-        self.tokens += other.tokens
-        self.hessian_II += other.hessian_II
-        for name, square_O in other.fisher_O.items():
-            self.fisher_O[name] += square_O
+        self.statistics.take(part.x_NI, frozenset({"hessian"}), each=each)
+        for name, square_O in part.fisher_O.items():
+            self.fisher_O[name] = self.fisher_O[name] + square_O if name in self.fisher_O else square_O
 
 
 @dataclass
@@ -108,7 +110,8 @@ def _site_costs(
     factorize: Callable[[torch.Tensor], Curvature | None] | None,
 ) -> dict[str, dict[Scheme | None, float]]:
     """`tokens` counts those of the windows, of which the site may have seen a part or nothing."""
-    hessian_II = felt.hessian_II / max(felt.tokens, 1)
+    assert felt.statistics.hessian_II is not None
+    hessian_II = felt.statistics.hessian_II / max(felt.statistics.tokens, 1)
     curvature = None if factorize is None else factorize(hessian_II)
     names = [name for name in weights_OI if name in candidates]
 
@@ -187,33 +190,27 @@ def sensitivities(
         yield {config.family.head: load_head(checkpoint, config, None)}, at_head
     for index in reversed(range(config.layers)):
         block = load_block(checkpoint, config, None, index)
-        felt: dict[str, Felt] = {}
+        felt = {site.name: Felt() for site in config.sites(index)}
 
-        def back(number: int, index: int = index, block: DecoderBlock = block) -> tuple[torch.Tensor, dict[str, Felt]]:
+        def back(number: int, index: int = index, block: DecoderBlock = block) -> tuple[torch.Tensor, dict[str, _Part]]:
             x_BTH = torch.from_numpy(np.load(_file(spill, index, number)))
             return _back_through_block(block, x_BTH, gradients[number], tables, config.block(index))
 
-        for number, (gradient_BTH, part) in enumerate(workers.map(back, range(len(gradients)), grad=True)):
+        for number, (gradient_BTH, seen) in enumerate(workers.map(back, range(len(gradients)), grad=True)):
             gradients[number] = gradient_BTH
-            _add(felt, part)
+            for name, part in seen.items():
+                felt[name].add(part, workers.map)
             _file(spill, index, number).unlink()
         checkpoint.release()
         progress(f"sensitivity: block {index + 1}/{config.layers} backwards")
         for site in felt.values():
+            site.statistics.finish()
             prefix = f"{config.block(index)}."
             yield {name: block.tensors[f"{name.removeprefix(prefix)}.weight"] for name in site.fisher_O}, site
 
 
 def _file(spill: Path, index: int, number: int) -> Path:
     return spill / f"block-{index}-batch-{number}.npy"
-
-
-def _add(total: dict[str, Felt], part: dict[str, Felt]) -> None:
-    for site, felt in part.items():
-        if site in total:
-            total[site].add(felt)
-        else:
-            total[site] = felt
 
 
 def _back_through_head(
@@ -226,10 +223,9 @@ def _back_through_head(
     """J^T v at the last block's outputs for one random v a token, and what is felt at the head itself."""
     norm = final_norm(checkpoint, config)
     head_VH = load_head(checkpoint, config, None)
-    name = config.family.head
 
-    def back(number: int) -> tuple[torch.Tensor, dict[str, Felt]]:
-        x_BTH, felt = batches[number], dict[str, Felt]()
+    def back(number: int) -> tuple[torch.Tensor, _Part]:
+        x_BTH, fisher_V, inputs = batches[number], torch.zeros(len(head_VH)), []
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         found: list[torch.Tensor] = []
         for x_NH in torch.split(x_BTH.reshape(-1, x_BTH.shape[-1]), _HEAD_TOKENS):
@@ -237,14 +233,18 @@ def _back_through_head(
             logits_NV = logits(normed_NH, head_VH, config)
             sample_NV = sample_fisher(logits_NV.detach(), generator)
             found += torch.autograd.grad(logits_NV, x_NH, sample_NV)
-            _add(felt, {name: Felt.of(normed_NH.detach(), {name: sample_NV})})
-        return torch.cat(found).reshape(x_BTH.shape), felt
+            if config.logits_cap is not None:  # what the head itself puts out comes before the cap
+                sample_NV *= 1 - (logits_NV.detach() / config.logits_cap).square()
+            fisher_V += sample_NV.square().sum(dim=0)
+            inputs.append(normed_NH.detach())
+        return torch.cat(found).reshape(x_BTH.shape), _Part(torch.cat(inputs), {config.family.head: fisher_V})
 
-    gradients, total = [], dict[str, Felt]()
+    gradients, total = [], Felt()
     for gradient_BTH, part in workers.map(back, range(len(batches)), grad=True):
         gradients.append(gradient_BTH)
-        _add(total, part)
-    return gradients, total[name]
+        total.add(part, workers.map)
+    total.statistics.finish()
+    return gradients, total
 
 
 def sample_fisher(logits_NV: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -260,15 +260,15 @@ def _back_through_block(
     gradient_BTH: torch.Tensor,
     tables: PositionTables,
     prefix: str,
-) -> tuple[torch.Tensor, dict[str, Felt]]:
+) -> tuple[torch.Tensor, dict[str, _Part]]:
     """The gradient at the block's input, and what is felt at each site, its linears by their full names."""
     watched = _Watched(block.config, block.index, block.tensors)
     y_BTH = watched.forward(x_BTH.requires_grad_(), tables)
     outputs = [y for _, y in watched.seen.values()]
     at_input_BTH, *at_outputs = torch.autograd.grad(y_BTH, [x_BTH, *outputs], gradient_BTH)
     gradients = dict(zip(watched.seen, at_outputs, strict=True))
-    felt = {}
+    parts = {}
     for site in block.config.sites(block.index):
         x, _ = watched.seen[site.linears[0]]
-        felt[site.name] = Felt.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears})
-    return at_input_BTH, felt
+        parts[site.name] = _Part.of(x, {f"{prefix}.{name}": gradients[name] for name in site.linears})
+    return at_input_BTH, parts

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from llmopt.artifacts.outcome import silent
-from llmopt.formats.dequantized import load_block, load_float, load_head
+from llmopt.formats.dequantized import load_block, load_head
 from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
-from llmopt.models.decoder import final_norm, position_tables
+from llmopt.models.decoder import embed, final_norm, logits, position_tables
 from llmopt.models.parallel import Workers
 from llmopt.models.text import read_tokens
 from llmopt.quantizers.base import Grid, grouped
@@ -63,7 +63,7 @@ def test_samples_have_the_covariance_of_the_softmax() -> None:
     torch.testing.assert_close(covariance_VV, p_V.diag() - torch.outer(p_V, p_V), atol=3e-3, rtol=0)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "phi3"])
 def test_gradients_are_those_of_the_whole_model(
     make_checkpoint: Callable[..., Path], model_type: str, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def log_probabilities(
     checkpoint: Checkpoint, config: DecoderConfig, windows: np.ndarray, rounded: tuple[str, ...] = ()
 ) -> torch.Tensor:
     """Of the model with these linears rounded to four bits, all inputs weighing equally; float64."""
-    x_BTH = load_float(checkpoint, "model.embed_tokens.weight")[torch.from_numpy(windows)]
+    x_BTH = embed(checkpoint, config, torch.from_numpy(windows))
     for index in range(config.layers):
         block = load_block(checkpoint, config, None, index)
         for name in rounded:
@@ -134,8 +134,8 @@ def log_probabilities(
                 grid = Grid.fit(weight_OGS, scheme(4), torch.ones(weight_OGS.shape[1:]))
                 block.tensors[tensor] = rtn(block.tensors[tensor], scheme(4), grid).dequantize()
         x_BTH = block.forward(x_BTH, position_tables(config, windows.shape[1]))
-    normed = final_norm(checkpoint, config)(x_BTH)
-    return (normed @ load_head(checkpoint, config, None).T).log_softmax(dim=-1).double()
+    found = logits(final_norm(checkpoint, config)(x_BTH), load_head(checkpoint, config, None), config)
+    return found.log_softmax(dim=-1).double()
 
 
 def inputs(tokens: int = 4000, features: int = 256) -> torch.Tensor:
@@ -211,3 +211,24 @@ def test_costs_are_measured_for_the_linears_that_are_asked_for(tiny: Path, tmp_p
     found = costs["model.layers.1.mlp.up_proj"]
     assert found[scheme(2)] > 0
     assert found[None] == 0
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "falcon", "gpt_neox", "opt"])
+def test_every_linear_of_a_family_has_a_cost(
+    make_checkpoint: Callable[..., Path], model_type: str, tmp_path: Path
+) -> None:
+    checkpoint, config = opened(make_checkpoint(model_type))
+    linears = [name for group in fused(config).values() for name in group]
+    with Workers() as workers:
+        costs = measure_costs(
+            checkpoint,
+            config,
+            dict.fromkeys(linears, (Scheme(bits=4, group_size=32, symmetric=True),)),
+            some_windows(config, 4, 64),
+            workers,
+            silent,
+            spill=tmp_path,
+            factorize=partial(factorize, damping=0.01, act_order=True),
+        )
+    assert costs.keys() == set(linears)
+    assert all(cost >= 0 for found in costs.values() for cost in found.values())
