@@ -120,6 +120,7 @@ class Rounded:
             scale_OG=self.grid.scale_OG.numpy(),
             zero_OG=None if self.scheme.symmetric else self.grid.zero_OG.to(torch.uint8).numpy(),
             bits=self.scheme.bits,
+            kind=self.scheme.kind,
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llmopt import profiles
 from llmopt.artifacts.outcome import Json, Outcome, Progress, silent
 from llmopt.artifacts.store import Store
 from llmopt.errors import Exit, LlmoptError
@@ -233,6 +234,6 @@ def test_progress_names_the_stage_that_speaks(
     ]
 
 
-@pytest.mark.parametrize("name", ["demo", "exact", "int4-awq", "int4-gptq", "int8-smoothquant"])
+@pytest.mark.parametrize("name", profiles.shipped())
 def test_every_shipped_profile_is_a_valid_pipeline(name: str) -> None:
     assert plan.load(name, ["model=m"]).steps
