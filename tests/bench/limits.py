@@ -111,12 +111,17 @@ class Ran:
     peak_anonymous_bytes: int
 
 
-def run(command: Sequence[object], limit: Limit, *, log: Path, kill_after_s: float | None = None) -> Ran:
-    """Run the command under the limit, its output in files beside `log`; kill -9 after a while if asked to."""
-    start = time.monotonic()
-    end = None if kill_after_s is None else start + kill_after_s
+def run(
+    command: Sequence[object], limit: Limit, *, log: Path, kill_after_s: float | None = None, counting_from: str = ""
+) -> Ran:
+    """Run the command under the limit, its output in files beside `log`.
+
+    With `kill_after_s`, kill -9 that long after stderr first holds `counting_from`, by default after the start.
+    """
+    start, counted_from = time.monotonic(), None
     rss, anonymous, killed = 0, 0, False
-    with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+    said = {ending: log.with_suffix(ending) for ending in (".out", ".err")}
+    with said[".out"].open("w") as out, said[".err"].open("w") as err:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=out, stderr=err, start_new_session=True, preexec_fn=limit.enter
         )
@@ -124,15 +129,17 @@ def run(command: Sequence[object], limit: Limit, *, log: Path, kill_after_s: flo
             while process.poll() is None:
                 status = _status(process.pid)
                 rss, anonymous = max(rss, status.get("VmHWM", 0)), max(anonymous, status.get("RssAnon", 0))
-                if end is not None and time.monotonic() >= end:
+                if counted_from is None and counting_from in said[".err"].read_text(errors="replace"):
+                    counted_from = time.monotonic() if counting_from else start
+                if None not in (kill_after_s, counted_from) and time.monotonic() - counted_from >= kill_after_s:
                     killed = True
                     break
-                time.sleep(0.1 if end is None else min(0.1, max(0.0, end - time.monotonic())))
+                time.sleep(0.02 if kill_after_s is not None else 0.1)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    text = [log.with_suffix(ending).read_text(encoding="utf-8", errors="replace") for ending in (".out", ".err")]
+    text = [file.read_text(encoding="utf-8", errors="replace") for file in said.values()]
     return Ran(process.returncode, text[0], text[1], time.monotonic() - start, killed, rss, anonymous)
 
 
