@@ -45,6 +45,7 @@ OURS_W4 = {
     "llmopt GPTQ plain": ["--method", "gptq", "--no-compensate", "--sweeps", "0"],
     "llmopt GPTQ": ["--method", "gptq"],
     "llmopt AWQ + GPTQ": ["--method", "gptq", "--scaling", "awq"],
+    "llmopt AWQ + GPTQ, bits chosen": ["--method", "gptq", "--scaling", "awq", "--target-bpw", "4.127"],
 }
 AWQ_SAMPLES = 16  # of 512 tokens; llmcompressor takes four and a half minutes of CPU for 128
 

@@ -25,7 +25,7 @@ LIMIT_BYTES = int(float(os.environ.get("LLMOPT_BENCH_LIMIT_GB", "4")) * 1e9)
 KILLS = 20
 ARGUMENTS = (
     *("--method", "gptq", "--no-compensate", "--sweeps", "0"),
-    *("--samples", "4", "--seq-len", "512", "--memory-budget", "1GiB"),
+    *("--samples", "4", "--seq-len", "512", "--memory-budget", "3GiB"),
 )
 
 

@@ -19,11 +19,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "RTN W4 sym": {"method": "rtn", **W4},
     "GPTQ W4 sym": {"method": "gptq", **W4},
     "GPTQ W4 sym, no extras": {"method": "gptq", "compensate": False, "sweeps": 0, **W4},
+    "GPTQ W4 sym, bits chosen": {"method": "gptq", "target_bpw": 4.127},  # what W4 g128 takes, scales included
+    "AWQ scaling, GPTQ W4 sym": {"method": "gptq", "scaling": "awq", **W4},
     "AWQ W4 sym": {"method": "awq", "symmetric": True, **W4},
     "RTN W4 asym": {"method": "rtn", "symmetric": False, **W4},
     "GPTQ W4 asym": {"method": "gptq", "symmetric": False, **W4},
     "AWQ W4 asym": {"method": "awq", **W4},
     "GPTQ W3 sym": {"method": "gptq", "bits": 3},
+    "FP8 dynamic": {"method": "fp8"},
     "W8A8 naive dynamic": {**W8A8, "activations": "dynamic"},
     "W8A8 naive static": {**W8A8, "activations": "static"},
     "W8A8 SmoothQuant dynamic": {"method": "smoothquant"},
@@ -56,6 +59,9 @@ def test_quality(demo_model: Path, outlier_model: Path, tmp_path: Path) -> None:
     for name in RUNS:
         print(f"{name:25}  {plain[name]:10.3f}  {outliers[name]:13.3f}")
     assert plain["GPTQ W4 sym"] <= plain["RTN W4 sym"] * 0.3
+    assert plain["GPTQ W4 sym, bits chosen"] <= plain["GPTQ W4 sym"] * 0.65
+    assert outliers["GPTQ W4 sym, bits chosen"] <= outliers["GPTQ W4 sym"] * 0.75
+    assert outliers["AWQ scaling, GPTQ W4 sym"] <= outliers["GPTQ W4 sym"] / 2
     assert outliers["AWQ W4 sym"] < outliers["RTN W4 sym"] / 2
     assert outliers["AWQ W4 asym"] < outliers["RTN W4 asym"] / 2
     assert outliers["W8A8 SmoothQuant dynamic"] <= outliers["W8A8 naive dynamic"] / 10

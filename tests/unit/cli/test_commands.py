@@ -126,7 +126,7 @@ def test_a_prepared_engine_is_printed_and_exits_with_3(
 def test_an_event_that_changed_numbers_is_shown(llmopt: Llmopt, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmopt import quantizers
 
-    def work(model: Path, settings: object, calibration: object, out: Path, progress: object, **_: object) -> Outcome:
+    def work(model: Path, settings: object, calibration: object, out: Path, *_: object, **__: object) -> Outcome:
         (out / "config.json").write_text("{}")
         return Outcome(events=("down_proj rounded to nearest",), metrics={"kl": {"mean": 0.5}})
 

@@ -29,7 +29,7 @@ def quantizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmopt import quantizers
     from llmopt.quantizers import errors_report
 
-    def work(model: Path, settings: object, calibration: object, out: Path, progress: object) -> Outcome:
+    def work(model: Path, settings: object, calibration: object, out: Path, *_: object, **__: object) -> Outcome:
         (out / "config.json").write_text("{}")
         errors = {f"model.layers.{n}.mlp.up_proj": 0.01 * (1 + n) for n in range(7)}
         schemes = dict.fromkeys(errors, Scheme(bits=4, group_size=128, symmetric=True))

@@ -31,7 +31,8 @@ def demo(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> tuple[str, ...]:
 
     def instead(name: str, size: int) -> Callable[..., Outcome]:
         def work(*arguments: Any, **_: Any) -> Outcome:
-            out, progress = arguments[-2:]
+            place = max(n for n, argument in enumerate(arguments) if isinstance(argument, Path))
+            out, progress = arguments[place : place + 2]
             progress(f"working on {name}")
             model = arguments[0] if isinstance(arguments[0], Path) else ""
             (out / "result.json").write_text(f"{model and len(list(model.iterdir()))}".ljust(size))
