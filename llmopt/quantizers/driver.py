@@ -8,6 +8,7 @@ block is durable: the same run, started again, goes on after it.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -267,7 +268,7 @@ class Driver:
             if not self._once:
                 self._enter(block, original, site, shelf, statistics if self._rounder.wanted else None, part)
             self._round_site(block, site, statistics, part)
-        if not self._once:
+        if not self._once and (index + 1 < config.layers or self._schemes[config.family.head] is not None):
             self._leave(block, original, shelf)
         for name in config.block_shapes(index).keys() - self._quantized(index):
             part.tensors[f"{prefix}.{name}"] = self._plain(f"{prefix}.{name}", block.tensors[name], name in folded)
@@ -385,13 +386,22 @@ class Driver:
         part.events += [f"{where}: {event}" for event in context.events]
         weight_OI, rows = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
         aim_OI = context.aim(weight_OI)
-        parts = torch.split(aim_OI, rows if scheme.group_size == 0 else ROWS)
-        rounded = Rounded.stack(list(self._map(context.round, parts)))
+
+        def round_rows(wish_OI: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
+            rounded = context.round(wish_OI)
+            return rounded, _row_sizes(rounded.dequantize() - wish_OI, wish_OI, statistics.hessian_II)
+
+        chunks = torch.split(aim_OI, rows if scheme.group_size == 0 else ROWS)
+        done, sizes = zip(*self._map(round_rows, chunks), strict=True)
+        rounded = Rounded.stack(done)
         input_scale = None if context.input_scale is None else context.input_scale(weight_OI)
         values: dict[str, torch.Tensor] = {}
-        for name, wish_OI, own in zip(weights, torch.split(aim_OI, rows), rounded.split(rows), strict=True):
+        for name, own, sizes_2O in zip(
+            weights, rounded.split(rows), torch.split(torch.cat(sizes, dim=1), rows, 1), strict=True
+        ):
             values[name] = own.dequantize()
-            part.errors[name] = _relative_error(values[name], wish_OI, statistics.hessian_II)
+            error, whole = sizes_2O.sum(dim=1).clamp(min=0).tolist()
+            part.errors[name] = math.sqrt(error / max(whole, 1e-30))
             stored = self._format.encode(own.export(), scheme, self._config.dtype, input_scale)
             part.tensors |= {f"{name}.{suffix}": to_torch(value) for suffix, value in stored.items()}
             part.stored_bits += sum(8 * value.array.nbytes for value in stored.values())
@@ -488,13 +498,12 @@ class Driver:
         self._progress(line, **facts)
 
 
-def _relative_error(rounded_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> float:
-    """Of the linear's output on the calibration inputs, or of its weight where there are none."""
-
-    def size(matrix_OI: torch.Tensor) -> torch.Tensor:
-        return (matrix_OI if hessian_II is None else matrix_OI @ hessian_II).mul(matrix_OI).sum()
-
-    return float((size(rounded_OI - aim_OI) / size(aim_OI).clamp(min=1e-30)).clamp(min=0).sqrt())
+def _row_sizes(error_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> torch.Tensor:
+    """[2, O]: by row, the squared size of the error and of the aim: of the outputs on the calibration inputs, or of the
+    weights where there are none."""
+    return torch.stack(
+        [((each if hessian_II is None else each @ hessian_II) * each).sum(dim=1) for each in (error_OI, aim_OI)]
+    )
 
 
 def _same(value: Writable, written: Checkpoint, name: str) -> bool:

@@ -25,14 +25,14 @@ LIMIT_BYTES = int(float(os.environ.get("LLMOPT_BENCH_LIMIT_GB", "4")) * 1e9)
 KILLS = 20
 ARGUMENTS = (
     *("--method", "gptq", "--no-compensate", "--sweeps", "0"),
-    *("--samples", "4", "--seq-len", "512", "--memory-budget", "3GiB"),
+    *("--samples", "4", "--seq-len", "512", "--memory-budget", "2GiB"),
 )
 
 
 def shape(size_bytes: int) -> Shape:
     """A Llama of at least that many bytes whose linears are square: the cheapest GPTQ for its size."""
     small = size_bytes < 2_000_000_000
-    hidden = 1024 if small else 4096
+    hidden = 1024 if small else 2048
     sizes = {"hidden": hidden, "mlp": hidden, "heads": hidden // 128, "kv_heads": hidden // 512, "vocab": 32000}
     one, two = (_bytes(Shape(layers=layers, **sizes)) for layers in (1, 2))
     return Shape(layers=-(-(size_bytes - one) // (two - one)) + 1, **sizes)
