@@ -34,18 +34,17 @@ from llmopt.models.writer import CheckpointWriter, Writable, write_json
 from llmopt.quantizers import errors_report
 from llmopt.quantizers.activations import kv_scales
 from llmopt.quantizers.base import Rounded, Statistics, sample_every
-from llmopt.quantizers.budget import bit_candidates, choose
+from llmopt.quantizers.budget import bit_candidates
 from llmopt.quantizers.execution import Execution
 from llmopt.quantizers.journal import Journal
 from llmopt.quantizers.memory import BATCH_TOKENS, ROWS, shelf_bytes
-from llmopt.quantizers.methods import Context, Scaler, curvature_of, method_of
+from llmopt.quantizers.methods import Context, Scaler, method_of
 from llmopt.quantizers.rtn import rtn
 from llmopt.quantizers.scaling import fold_scale, tie_heads
-from llmopt.quantizers.sensitivity import measure_costs
+from llmopt.quantizers.sensitivity import choose_bits
 from llmopt.quantizers.settings import QuantizeSettings
 from llmopt.quantizers.shelf import Batch, Shelf
 
-_SENSITIVITY_WINDOWS = 32
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Tensors: TypeAlias = dict[str, Writable]
 
@@ -139,33 +138,17 @@ class Driver:
         return all_modules(self._config, found)
 
     def _choose_bits(self, journal: Journal) -> Mapping[str, Json]:
-        """Give each linear the bits that keep the model nearest within `target_bpw`; returns what was chosen.
-
-        Linears that `overrides` names keep what it says. What was chosen is kept too: a run that goes on asks no more.
-        """
-        assert self._windows is not None and self._settings.common.target_bpw is not None  # noqa: PT018
-        table = bit_candidates(self._config, self._settings)
+        """Give each linear its bits; what was chosen is kept, so a run that goes on asks no more."""
+        assert self._windows is not None
         if (noted := journal.noted("choice")) is None:
             spill = journal.folder / "sensitivity"
             shutil.rmtree(spill, ignore_errors=True)
             spill.mkdir(parents=True)
-            costs = measure_costs(
-                self._checkpoint,
-                self._config,
-                table.schemes,
-                self._windows[:_SENSITIVITY_WINDOWS],
-                self._workers,
-                self._progress,
-                spill=spill,
-                factorize=curvature_of(self._settings.method),
-            )
-            choice = choose(table.groups, costs, table.sizes, table.weights, self._settings.common.target_bpw)
-            for line in choice.markdown().splitlines():
-                self._progress(line)
-            picked = {name: table.schemes[name].index(scheme) for name, scheme in choice.schemes.items()}
-            noted = {"picked": picked, "choice": choice.to_json()}
+            source = (self._checkpoint, self._config)
+            noted = choose_bits(*source, self._settings, self._windows, self._workers, self._progress, spill=spill)
             journal.note("choice", noted)
-        self._schemes |= {name: table.schemes[name][index] for name, index in noted["picked"].items()}
+        candidates = bit_candidates(self._config, self._settings).schemes
+        self._schemes |= {name: candidates[name][index] for name, index in noted["picked"].items()}
         found: Mapping[str, Json] = noted["choice"]
         return found
 

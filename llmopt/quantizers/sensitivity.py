@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,15 @@ from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, PositionTables, embed, final_norm, logits, position_tables
 from llmopt.models.parallel import Workers
 from llmopt.quantizers.base import Each, Grid, Statistics, grouped
+from llmopt.quantizers.budget import bit_candidates, choose
 from llmopt.quantizers.gptq import Curvature
+from llmopt.quantizers.methods import curvature_of
 from llmopt.quantizers.rtn import rtn
+from llmopt.quantizers.settings import QuantizeSettings
 
 _BATCH_TOKENS = 2048  # of one pass through a block; fixed, so that the sums never depend on the machine
 _HEAD_TOKENS = 512  # logits held at once
+_WINDOWS = 32  # on which costs are measured
 _ROWS = 512  # of a linear, evenly spaced, whose rounding is tried
 
 
@@ -75,6 +80,32 @@ class _Watched(DecoderBlock):
         y = super().linear(name, x)
         self.seen[name] = (x.detach(), y)
         return y
+
+
+def choose_bits(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    settings: QuantizeSettings,
+    windows: np.ndarray,
+    workers: Workers,
+    progress: Progress,
+    *,
+    spill: Path,
+) -> dict[str, Any]:
+    """The bits of each linear that keep the model nearest within `target_bpw`, judged on the first windows.
+
+    `picked`: by linear, which of its `budget.bit_candidates`; those that `overrides` names have one. `choice`: for the
+    manifest. spill: as for `sensitivities`.
+    """
+    assert settings.common.target_bpw is not None
+    table, some = bit_candidates(config, settings), windows[:_WINDOWS]
+    feedback = curvature_of(settings.method)
+    costs = measure_costs(checkpoint, config, table.schemes, some, workers, progress, spill=spill, factorize=feedback)
+    choice = choose(table.groups, costs, table.sizes, table.weights, settings.common.target_bpw)
+    for line in choice.markdown().splitlines():
+        progress(line)
+    picked = {name: table.schemes[name].index(scheme) for name, scheme in choice.schemes.items()}
+    return {"picked": picked, "choice": choice.to_json()}
 
 
 def measure_costs(
