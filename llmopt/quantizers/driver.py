@@ -336,8 +336,8 @@ class Driver:
                 )
 
         self._walk(shelf, lambda batch: batch.enter(block, original, site, self._tables), see)
-        if statistics is not None:
-            statistics.finish()
+        if statistics is not None and (event := _make_up(statistics.finish())) and part is not None:
+            part.events.append(f"{self._config.block(block.index)}.{site.name}: {event}")
 
     def _leave(self, block: DecoderBlock, original: DecoderBlock, shelf: Shelf) -> None:
         self._walk(shelf, lambda batch: batch.leave(block, original))
@@ -391,21 +391,11 @@ class Driver:
         return values, None if scheme.activations == "none" else input_rounding(scheme, input_scale)
 
     def _prepare(self, statistics: Statistics, scheme: Scheme) -> Context:
-        """The site's rounding; an expert that saw few tokens, or none, is made up for and told of.
-
-        Fewer tokens than in-features leave directions of the input that were never seen. What is missing of the rank is
-        made up by the same share of an even Hessian, so that errors are not pushed into those directions.
-        """
+        """The site's rounding; an expert that saw no token is rounded to nearest, and told of."""
         if self._windows is not None and not statistics.tokens:
             event = "rounded to nearest: saw no calibration token"
             return Context(lambda weight_OI: rtn(weight_OI, scheme), events=(event,))
-        few = ""
-        if (hessian_II := statistics.hessian_II) is not None and statistics.tokens < len(hessian_II):
-            missing = 1 - statistics.tokens / len(hessian_II)
-            hessian_II.diagonal().add_(missing * hessian_II.diagonal().mean())
-            few = f"saw only {statistics.tokens} calibration tokens"
-        context = self._rounder.prepare(statistics, scheme)
-        return replace(context, events=(*context.events, few)) if few else context
+        return self._rounder.prepare(statistics, scheme)
 
     def _finish(self, shelf: Shelf) -> _Part:
         """The last shard: final norm and head, the head quantized if asked."""
@@ -479,6 +469,19 @@ class Driver:
             worst = max(errors, key=lambda name: errors[name])
             line += f": worst relative error {errors[worst]:.4f} in {worst}"
         self._progress(line, **facts)
+
+
+def _make_up(statistics: Statistics) -> str | None:
+    """Make up for fewer tokens than in-features, as an expert may see; returns what to tell of it.
+
+    Too few tokens leave directions of the input that were never seen. What is missing of the rank is made up by the
+    same share of an even Hessian, so that errors are not pushed into those directions.
+    """
+    hessian_II, tokens = statistics.hessian_II, statistics.tokens
+    if hessian_II is None or not 0 < tokens < len(hessian_II):
+        return None
+    hessian_II.diagonal().add_((1 - tokens / len(hessian_II)) * hessian_II.diagonal().mean())
+    return f"saw only {tokens} calibration tokens, made up for by an even Hessian"
 
 
 def _row_sizes(error_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> torch.Tensor:

@@ -294,3 +294,13 @@ def test_what_a_model_does_not_compute_with_is_neither_checked_nor_passed_on(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     quantize(folder, short_text, tmp_path / "q", method="rtn")
     assert not any("masked_bias" in name for name in Checkpoint.open(tmp_path / "q").tensors)
+
+
+def test_an_expert_that_saw_few_tokens_is_made_up_for_and_told(
+    make_checkpoint: Callable[..., Path], short_text: Path, tmp_path: Path
+) -> None:
+    base = make_checkpoint("mixtral", num_local_experts=4, num_experts_per_tok=1)
+    outcome = quantize(base, short_text, tmp_path / "q", method="gptq", samples=1, seq_len=32)
+    few = [event for event in outcome.events if ".experts." in event and "saw only" in event]
+    assert few
+    assert all("made up for by an even Hessian" in event for event in few)
