@@ -71,6 +71,9 @@ def quantize(
     target_bpw: Annotated[
         float | None, opt.option("--target-bpw", metavar="X", help="Choose the bits of each linear to meet this mean.")
     ] = None,
+    target_bits: Annotated[
+        str | None, opt.option("--target-bits", metavar="N,N", help="Bits to choose from: 4,8 for vLLM's kernels.")
+    ] = None,
     format: Annotated[
         str | None, opt.option("--format", metavar="F", help="compressed-tensors (the default), gptq, awq, modelopt.")
     ] = None,
@@ -154,6 +157,7 @@ def quantize(
         weights=weights,
         kv_cache=kv_cache,
         target_bpw=target_bpw,
+        target_bits=opt.integers("--target-bits", target_bits),
         format=format,
         calib=calib,
         calib_field=calib_field,

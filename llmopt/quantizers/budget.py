@@ -86,9 +86,9 @@ def label(scheme: Scheme | None) -> str:
     return f"W{scheme.bits}{group}{'' if scheme.symmetric else ' asym'}"
 
 
-def candidates(scheme: Scheme, format_name: str) -> list[Scheme | None]:
-    """`scheme` at every number of bits that the format holds it with, and None: plain weights."""
-    every = [replace(scheme, bits=bits) for bits in FORMATS[format_name].bits]
+def candidates(scheme: Scheme, format_name: str, some: Sequence[int] = ()) -> list[Scheme | None]:
+    """`scheme` at every number of bits that the format holds it with, or at `some`, and None: plain weights."""
+    every = [replace(scheme, bits=bits) for bits in some or FORMATS[format_name].bits]
     return [*(each for each in every if is_held(format_name, each)), None]
 
 
@@ -132,7 +132,7 @@ def bit_candidates(config: DecoderConfig, settings: QuantizeSettings) -> Table:
         if scheme is None or (name == config.family.head and not common.lm_head):
             continue
         decided = any(fnmatchcase(name, pattern) for pattern in common.overrides)
-        schemes[name] = [scheme] if decided else candidates(scheme, common.format)
+        schemes[name] = [scheme] if decided else candidates(scheme, common.format, common.target_bits)
         sizes[name] = stored_bits(shape, schemes[name], encoding.layout, config.dtype)
         weights[name] = shape[0] * shape[1]
     together = fused(config) | ({config.family.head: (config.family.head,)} if config.family.head in schemes else {})

@@ -167,6 +167,7 @@ class Common:
     kv_cache: KVCache = "none"  # calibrate one scale for the keys and one for the values of each block
     overrides: Mapping[str, Override] = field(default_factory=dict)  # by pattern of a linear's name; the last counts
     target_bpw: float | None = None  # bits a weight, scales included; the bits of each linear are chosen to meet it
+    target_bits: tuple[int, ...] = ()  # to choose from, such as 4 and 8 for vLLM's kernels; none: all the format holds
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -178,6 +179,10 @@ class Common:
         _check_between("seed", self.seed, 0, (1 << 63) - 1)
         if self.target_bpw is not None:
             _check_between("target_bpw", self.target_bpw, 2.0, 8.5)
+        for bits in self.target_bits:
+            _check_between("target_bits", bits, 2, 8)
+        if self.target_bits and self.target_bpw is None:
+            raise SettingsError("`target_bits` is what `target_bpw` chooses from", hint="give `target_bpw` too")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -107,3 +107,14 @@ def test_what_was_finished_is_gone_on_from_unless_told_not_to(
     ran = llmopt("quantize", tiny, *SMALL, "--seed", 1, "--no-resume", "--json")
     assert "going on" not in ran.err
     assert ran.code == 0
+
+
+def test_bits_are_chosen_from_those_that_are_allowed(llmopt: Llmopt, tiny: Path) -> None:
+    made = llmopt("quantize", tiny, *SMALL, "--target-bpw", 6, "--target-bits", "4,8", "--json")
+    assert made.code == 0, made.err
+    labels = {label.split()[0] for label in made.json["metrics"]["choice"]["schemes"].values()}
+    assert labels <= {"W4", "W8", "plain"}
+    assert len(labels) > 1
+    ran = llmopt("quantize", tiny, "--target-bits", "4,8")
+    assert ran.code == 2
+    assert "`target_bpw`" in ran.error
