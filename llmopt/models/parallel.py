@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ class Workers:
     """Threads of this process for the time of a `with`; torch runs single-threaded inside it, as before outside.
 
     `bfloat16`: matrix products of float32 take BF16 factors and sum in float32, twice as fast where the machine has
-    BF16. Factorizations stay float32.
+    BF16. `float32_products` keeps out of it what would not bear that.
     """
 
     def __init__(self, *, bfloat16: bool = False) -> None:
@@ -50,3 +51,13 @@ class Workers:
             yield waiting.pop(0).result()
             if position + ahead < len(todo):
                 waiting.append(self._pool.submit(guarded, todo[position + ahead]))
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Products of float32 as they are written. The switch is the process's own: only while no `map` is under way."""
+    before, _products.fp32_precision = _products.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        _products.fp32_precision = before

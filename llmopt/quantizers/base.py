@@ -86,7 +86,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A weight on its grid. codes_OI: floats that are whole numbers in [0, 2**bits); of FP8, its bit patterns."""
+    """A weight on its grid. codes_OI: whole numbers in [0, 2**bits), floats or uint8; of FP8, its bit patterns."""
 
     codes_OI: torch.Tensor
     grid: Grid

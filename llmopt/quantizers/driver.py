@@ -372,7 +372,8 @@ class Driver:
 
         def round_rows(wish_OI: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
             rounded = context.round(wish_OI)
-            return rounded, _row_sizes(rounded.dequantize() - wish_OI, wish_OI, statistics.hessian_II)
+            sizes_2O = _row_sizes(rounded.dequantize() - wish_OI, wish_OI, statistics.hessian_II)
+            return replace(rounded, codes_OI=rounded.codes_OI.to(torch.uint8)), sizes_2O  # a quarter of the memory
 
         chunks = torch.split(aim_OI, rows if scheme.group_size == 0 else ROWS)
         done, sizes = zip(*self._map(round_rows, chunks), strict=True)

@@ -11,22 +11,23 @@ from llmopt.quantizers.settings import GPTQ, QuantizeSettings
 BATCH_TOKENS = 2048  # of one forward pass; fixed, as what decides the order of sums
 ROWS = 1024  # rounded together; fixed, so that the partition never depends on the machine
 _PROGRAM_BYTES = 500 << 20  # the interpreter and torch
-_MATRICES = 6  # of a Hessian's size while it is factorized
+_MATRICES = 3  # of a Hessian's size while it is factorized
 
 
 def working_bytes(config: DecoderConfig, settings: QuantizeSettings, seq_len: int) -> int:
     """What the walk over one block may take, by its largest site; an upper estimate."""
     blocks = [list(config.linear_shapes(index).values()) for index in range(config.layers)]
     shapes = max(blocks, key=lambda block: sum(rows * columns for rows, columns in block))
-    weights = 2 * 4 * sum(rows * columns for rows, columns in shapes)  # ours and the original's, float32
+    streams = 2 if isinstance(settings.method, GPTQ) and settings.method.compensate else 1  # ours and the original's
+    weights = 4 * streams * sum(rows * columns for rows, columns in shapes)
+    site = 3 * 4 * max(rows * columns for rows, columns in shapes) * 2  # the largest, rounded; two linears may share it
     widest = max(columns for _, columns in shapes)
     cores = len(os.sched_getaffinity(0))
-    streams = 2 if isinstance(settings.method, GPTQ) and settings.method.compensate else 1
     matrices = 4 * widest * widest * (_MATRICES + streams - 1) if settings.needs_calibration else 0
     tokens = max(BATCH_TOKENS, seq_len) if settings.needs_calibration else 0
     batches = (cores + 2) * tokens * streams * 4 * (3 * config.hidden_size + 3 * max(widest, config.hidden_size))
     rounding = cores * min(ROWS, max(rows for rows, _ in shapes)) * widest * 4 * 12
-    return _PROGRAM_BYTES + weights + max(matrices + rounding, batches + matrices // _MATRICES)
+    return _PROGRAM_BYTES + weights + max(matrices + rounding, site + rounding, batches + matrices // _MATRICES)
 
 
 def shelf_bytes(config: DecoderConfig, settings: QuantizeSettings, seq_len: int, budget_bytes: int | None) -> int:

@@ -121,12 +121,9 @@ class _GPTQ:
             return Context(lambda weight_OI: rtn(weight_OI, scheme), events=(event,), input_scale=input_scale)
         events = () if curvature.damping == method.damping else (f"damping raised to {curvature.damping:g}",)
 
-        damped_II = hessian_II.clone()
-        damped_II.diagonal().add_(curvature.damping * hessian_II.diagonal().mean())
-
         def round_rows(weight_OI: torch.Tensor) -> Rounded:
             rounded = gptq(weight_OI, curvature, scheme, act_order=method.act_order)
-            return refine(weight_OI, rounded, damped_II, sweeps=method.sweeps)
+            return refine(weight_OI, rounded, hessian_II, ridge=curvature.ridge, sweeps=method.sweeps)
 
         if cross_II is None:
             return Context(round_rows, events=events, input_scale=input_scale)

@@ -161,7 +161,7 @@ def test_an_indefinite_hessian_is_given_up() -> None:
 def test_refining_never_makes_a_row_worse(scheme: Scheme) -> None:
     weight_OI, hessian_II = random(32, 128), hessian(correlated_inputs())
     start = gptq(weight_OI, prepared(hessian_II), scheme, act_order=True)
-    refined = refine(weight_OI, start, hessian_II, sweeps=3)
+    refined = refine(weight_OI, start, hessian_II, ridge=0.0, sweeps=3)
     before, after = (
         torch.stack([output_error(row[None], hessian_II) for row in rounded.dequantize() - weight_OI])
         for rounded in (start, refined)
@@ -177,7 +177,7 @@ def test_refining_finds_the_best_codes_of_a_small_problem() -> None:
     """Where the columns do not depend on each other, one sweep is enough and every code is the best of all."""
     scheme = Scheme(bits=2, group_size=-1, symmetric=True)
     weight_OI, hessian_II = random(8, 32), torch.diag(torch.linspace(1, 3, 32))
-    refined = refine(weight_OI, rtn(weight_OI, scheme), hessian_II, sweeps=10)
+    refined = refine(weight_OI, rtn(weight_OI, scheme), hessian_II, ridge=0.0, sweeps=10)
     error_OI = (refined.dequantize() - weight_OI).abs()
     for code in range(4):
         other_OI = ((code - 2) * refined.grid.scale_OG - weight_OI).abs()
@@ -206,6 +206,29 @@ def test_aiming_is_least_squares_on_the_inputs_as_they_are() -> None:
     )
     expected_OI = torch.linalg.lstsq(x_NI, original_NI @ weight_OI.T + ahead_NO).solution.T
     assert torch.allclose(got_OI, expected_OI, atol=5e-3)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("features", [96, 128, 300, 640])
+def test_the_factor_is_that_of_the_inverse(features: int, act_order: bool) -> None:
+    """Whatever the switch says, in full float32, and in the order of rounding."""
+    hessian_II = hessian(correlated_inputs(2 * features, features))
+    with Workers(bfloat16=True):
+        found = factorize(hessian_II, damping=0.01, act_order=act_order)
+    assert found is not None
+    damped_PP = hessian_II.double()[found.order_P[:, None], found.order_P]
+    damped_PP.diagonal().add_(0.01 * hessian_II.double().diagonal().mean())
+    expected_PP = torch.linalg.cholesky(torch.linalg.inv(damped_PP), upper=True)
+    assert float((found.factor_PP - expected_PP).norm() / expected_PP.norm()) < 1e-4
+
+
+def test_a_ridge_is_a_damped_hessian() -> None:
+    weight_OI, hessian_II = random(16, 128), hessian(correlated_inputs())
+    scheme = Scheme(bits=3, group_size=32, symmetric=True)
+    damped_II = hessian_II + 2.0 * torch.eye(128)
+    start = rtn(weight_OI, scheme)
+    with_ridge = refine(weight_OI, start, hessian_II, ridge=2.0, sweeps=2)
+    assert torch.equal(with_ridge.codes_OI, refine(weight_OI, start, damped_II, ridge=0.0, sweeps=2).codes_OI)
 
 
 def test_aiming_changes_nothing_where_nothing_deviates() -> None:
