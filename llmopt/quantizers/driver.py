@@ -45,6 +45,7 @@ from llmopt.quantizers.sensitivity import choose_bits
 from llmopt.quantizers.settings import QuantizeSettings
 from llmopt.quantizers.shelf import Batch, Shelf
 
+_JUDGED_ROWS = 512  # of a linear, evenly spaced, or all of fewer: enough to tell its error
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Tensors: TypeAlias = dict[str, Writable]
 
@@ -231,6 +232,7 @@ class Driver:
         config, prefix, part = self._config, self._config.block(index), _Part()
         sites = config.sites(index)
         block = load_block(self._checkpoint, config, None, index)
+        self._checkpoint.release()
         if index + 1 < config.layers:
             self._checkpoint.prefetch(f"{config.block(index + 1)}.{name}" for name in config.block_shapes(index + 1))
         block.half, block.watch_kv = self._half, self._settings.common.kv_cache != "none"
@@ -369,10 +371,11 @@ class Driver:
         part.events += [f"{where}: {event}" for event in context.events]
         weight_OI, rows = torch.cat(list(weights.values())), [len(weight) for weight in weights.values()]
         aim_OI = context.aim(weight_OI)
+        judged = max(1, min(rows) // _JUDGED_ROWS)  # every how many rows one's error is looked at
 
         def round_rows(wish_OI: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
             rounded = context.round(wish_OI)
-            sizes_2O = _row_sizes(rounded.dequantize() - wish_OI, wish_OI, statistics.hessian_II)
+            sizes_2O = _row_sizes(rounded.dequantize() - wish_OI, wish_OI, statistics.hessian_II, judged)
             return replace(rounded, codes_OI=rounded.codes_OI.to(torch.uint8)), sizes_2O  # a quarter of the memory
 
         chunks = torch.split(aim_OI, rows if scheme.group_size == 0 else ROWS)
@@ -485,12 +488,18 @@ def _make_up(statistics: Statistics) -> str | None:
     return f"saw only {tokens} calibration tokens, made up for by an even Hessian"
 
 
-def _row_sizes(error_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> torch.Tensor:
-    """[2, O]: by row, the squared size of the error and of the aim: of the outputs on the calibration inputs, or of the
-    weights where there are none."""
-    return torch.stack(
-        [((each if hessian_II is None else each @ hessian_II) * each).sum(dim=1) for each in (error_OI, aim_OI)]
-    )
+def _row_sizes(
+    error_OI: torch.Tensor, aim_OI: torch.Tensor, hessian_II: torch.Tensor | None, every: int
+) -> torch.Tensor:
+    """[2, O]: for one row in `every`, the squared size of the error and of the aim; zero for the others.
+
+    The size is that of the outputs on the calibration inputs, or of the weights where there are none.
+    """
+    sizes_2O = torch.zeros(2, len(aim_OI))
+    for size_O, each_OI in zip(sizes_2O, (error_OI[::every], aim_OI[::every]), strict=True):
+        pushed_OI = each_OI if hessian_II is None else each_OI @ hessian_II
+        size_O[::every] = (pushed_OI * each_OI).sum(dim=1)
+    return sizes_2O
 
 
 def _same(value: Writable, written: Checkpoint, name: str) -> bool:

@@ -9,7 +9,7 @@ from llmopt.models.config import DecoderConfig
 from llmopt.quantizers.settings import GPTQ, QuantizeSettings
 
 BATCH_TOKENS = 2048  # of one forward pass; fixed, as what decides the order of sums
-ROWS = 1024  # rounded together; fixed, so that the partition never depends on the machine
+ROWS = 512  # rounded together; fixed, so that the partition never depends on the machine
 _PROGRAM_BYTES = 500 << 20  # the interpreter and torch
 _MATRICES = 3  # of a Hessian's size while it is factorized
 
