@@ -45,7 +45,7 @@ if only := os.environ.get("LLMOPT_BENCH_PEERS"):  # "llmcompressor", say
     PEERS_W4 = {name: run for name, run in PEERS_W4.items() if run[0] in only.split(",")}
 OURS_W4 = {
     "llmopt GPTQ plain": ["--method", "gptq", "--no-compensate", "--sweeps", "0"],
-    "llmopt GPTQ fast": ["--method", "gptq", "--no-compensate"],
+    "llmopt GPTQ fast": ["--method", "gptq", "--no-compensate", "--sweeps", "1"],
     "llmopt GPTQ": ["--method", "gptq"],
     "llmopt AWQ + GPTQ": ["--method", "gptq", "--scaling", "awq"],
     "llmopt AWQ + GPTQ, bits chosen": ["--method", "gptq", "--scaling", "awq", "--target-bpw", "4.127"],
