@@ -2,15 +2,14 @@
 
 settings.py   what a run does: subjects and settings
 preflight.py  what can be found wrong before the load
-workload.py   prompts of an exact number of tokens
 endpoints.py  what is sent to an endpoint and where its answer has the text
-wire.py       HTTP/1.1 framing and server-sent events, each piece with its receive stamp
-client.py     the closed-loop load; stores (stamp, bytes) and parses nothing
-records.py    from stored bytes to one record a request
-metrics.py    from records to figures; every convention is named there
-server.py     starts an engine's server and always stops it
+workload/     what is asked, when: prompts of exact length, arrivals, traces, conversations
+client/       the load: sends on time, stores (kernel stamp, bytes), parses nothing meanwhile
+metrics/      from stored bytes to records, from records to figures, and whether these mean anything
+gate/         figures against thresholds, a baseline, a history: the statistics and the verdict
+report/       report.json, requests.parquet, Markdown, JUnit, HTML
+serving.py    starts an engine's server and always stops it
 run.py        the order of it all
-report.py     report.json, report.md, requests.jsonl
 """
 
 from __future__ import annotations
@@ -46,6 +45,6 @@ def measure(
     `MeasurementInvalidError` after writing the report, marked `"valid": false`, where the figures mean nothing.
     """
     from llmopt.bench.run import run
-    from llmopt.bench.server import serve_command
+    from llmopt.bench.serving import serve_command
 
     return run(subjects, settings, out, progress, command or serve_command)

@@ -14,14 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmopt.artifacts.outcome import Json, Outcome, Progress
-from llmopt.bench import metrics, preflight, report, validity
-from llmopt.bench.client import Exchange, Load, Target, closed_loop
+from llmopt.bench import preflight
+from llmopt.bench.client.base import Exchange, Load, Target
+from llmopt.bench.client.loop import closed_loop
 from llmopt.bench.endpoints import ENDPOINTS, Endpoint, body
-from llmopt.bench.metrics import Level
-from llmopt.bench.records import Record, read
-from llmopt.bench.server import Server, last_lines, serving
+from llmopt.bench.metrics import figures as metrics
+from llmopt.bench.metrics import validity
+from llmopt.bench.metrics.figures import Level
+from llmopt.bench.metrics.records import Record, read
+from llmopt.bench.report import files as report
+from llmopt.bench.serving import Server, last_lines, serving
 from llmopt.bench.settings import BenchSettings, Subject
-from llmopt.bench.workload import Prompts
+from llmopt.bench.workload.prompts import Prompts
 from llmopt.errors import LlmoptError, MeasurementInvalidError
 
 _POOL = 512  # distinct prompts of a load that ends by time

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-TRUTH_SERVER = Path(__file__).parent / "truth_server.py"
+TRUTH_SERVER = Path(__file__).parent / "odd_server.py"
 
 
 class Truth:

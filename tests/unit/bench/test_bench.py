@@ -134,7 +134,7 @@ def test_rounds_take_the_subjects_in_random_order_by_the_seed(truth: Any, tmp_pa
 
 
 def test_prompts_are_exact_and_the_server_s_count_is_checked(truth: Any, tokenizer_file: Path, tmp_path: Path) -> None:
-    from llmopt.bench.workload import load_tokenizer
+    from llmopt.bench.workload.prompts import load_tokenizer
 
     for counted, notes in ((16, 0), (17, 2)):
         seen = len(truth.log())

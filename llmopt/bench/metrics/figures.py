@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmopt.artifacts.outcome import Json
-from llmopt.bench.records import Record
+from llmopt.bench.metrics.records import Record
 
 CONVENTIONS: Mapping[str, str] = {
     "ttft_ms": "from just before the request is written, on a connection that stands, to the first chunk with text",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmopt.bench.client import Exchange, Failure
+from llmopt.bench.client.base import Exchange, Failure
+from llmopt.bench.client.wire import Response, events
 from llmopt.bench.endpoints import Endpoint
-from llmopt.bench.wire import Response, events
 
 _MAX_DETAIL = 300
 
@@ -114,7 +114,7 @@ def read(exchange: Exchange, endpoint: Endpoint) -> Record:
         except _BadAnswerError as bad:
             failure = failure or bad.failure
     return Record(
-        prompt=exchange.prompt,
+        prompt=exchange.job.prompt,
         status=exchange.response.status if exchange.response is not None else 0,
         sent_ns=exchange.sent_ns,
         end_ns=exchange.end_ns,

@@ -14,69 +14,16 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import cycle
-from typing import Generic, TypeVar
+from typing import Generic
 from urllib.parse import urlsplit
 
-from llmopt.bench.wire import MalformedError, Response
+from llmopt.bench.client.base import Exchange, Failure, Job, Load, R, Target
+from llmopt.bench.client.wire import MalformedError, Response
 
 _CONNECT_TIMEOUT_S = 10.0
 _LAG_TICK_S = 0.02
 _HELD_BYTES = 256 << 20
-
-R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a request gave no answer. `kind` is a class of the report: refused, timeout, cut, malformed, http_5xx, ..."""
-
-    kind: str
-    detail: str
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request as it went over the wire. Stamps are nanoseconds of the monotonic clock."""
-
-    prompt: int  # index of the request body
-    sent_ns: int  # just before the write, on a connection that stands
-    end_ns: int  # the last byte, or the failure
-    response: Response | None
-    failure: Failure | None
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where requests go. `headers` hold the key, so they are never printed."""
-
-    url: str  # of the server, without the endpoint's path
-    path: str
-    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-
-    def request(self, body: bytes) -> bytes:
-        """The whole request as bytes."""
-        parts = urlsplit(self.url)
-        lines = [f"POST {parts.path}{self.path} HTTP/1.1", f"host: {parts.netloc}"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        lines += ["accept: text/event-stream, application/json", "content-type: application/json"]
-        lines += [f"content-length: {len(body)}", "", ""]
-        return "\r\n".join(lines).encode("latin-1") + body
-
-
-@dataclass(slots=True)
-class Load(Generic[R]):
-    """What a load brought: a record of each request, in the order of their ends, and how the client fared.
-
-    `cpu_s` is the CPU time of the client's thread during the load, `lags_ms` how late its timer ran.
-    """
-
-    records: list[R]
-    wall_s: float
-    cpu_s: float
-    lags_ms: list[float]
-    reconnects: int
 
 
 def closed_loop(
@@ -96,7 +43,7 @@ def closed_loop(
     """
     if repeat and duration_s is None:
         raise ValueError("a load that repeats its prompts needs a duration")
-    requests = list(enumerate(target.request(body) for body in bodies))
+    requests = [Job(target.request(body), number) for number, body in enumerate(bodies)]
     loop = _ClosedLoop(target, cycle(requests) if repeat else iter(requests), read, timeout_s, duration_s)
     with _no_collection():
         return asyncio.run(loop.run(streams))
@@ -106,7 +53,7 @@ class _ClosedLoop(Generic[R]):
     def __init__(
         self,
         target: Target,
-        jobs: Iterator[tuple[int, bytes]],
+        jobs: Iterator[Job],
         read: Callable[[Exchange], R],
         timeout_s: float,
         duration_s: float | None,
@@ -143,9 +90,9 @@ class _ClosedLoop(Generic[R]):
             for connection in self._connections:
                 connection.abort()
         records = [self._read(exchange) for exchange in self._unread] + self._records
-        return Load(records, wall_s, cpu_s, lags_ms, self._reconnects)
+        return Load(records, began_ns, wall_s, cpu_s, lags_ms, [], self._reconnects, "user")
 
-    def _next(self) -> tuple[int, bytes] | None:
+    def _next(self) -> Job | None:
         if self._failures_in_a_row >= self._patience:
             return None
         if self._deadline_ns is not None and time.monotonic_ns() >= self._deadline_ns:
@@ -154,19 +101,18 @@ class _ClosedLoop(Generic[R]):
 
     async def _work(self, link: _Connection | Failure) -> None:
         while (job := self._next()) is not None:
-            index, request = job
             if isinstance(link, _Connection) and not link.open:
                 link = await self._reconnect()
             if isinstance(link, _Connection):
                 reused = link.used
-                exchange = await link.ask(index, request, self._timeout_s)
+                exchange = await link.ask(job, self._timeout_s)
                 if reused and _is_stale(exchange):
                     link = await self._reconnect()
                     if isinstance(link, _Connection):
-                        exchange = await link.ask(index, request, self._timeout_s)
+                        exchange = await link.ask(job, self._timeout_s)
             if isinstance(link, Failure):
                 now = time.monotonic_ns()
-                self._keep(Exchange(index, now, now, None, link))
+                self._keep(Exchange(job, None, now, now, None, link))
                 return
             self._keep(exchange)
 
@@ -212,7 +158,7 @@ class _Connection(asyncio.Protocol):
         self._response = Response()
         self._last_ns = 0
 
-    async def ask(self, prompt: int, request: bytes, timeout_s: float) -> Exchange:
+    async def ask(self, job: Job, timeout_s: float) -> Exchange:
         """Send the request and wait for the end of its response, whatever that is."""
         assert self._transport is not None
         loop = asyncio.get_running_loop()
@@ -222,7 +168,7 @@ class _Connection(asyncio.Protocol):
         late = Failure("timeout", f"no end within {timeout_s:g} s")
         timer = loop.call_later(timeout_s, self._settle, late)
         sent_ns = self._last_ns = time.monotonic_ns()
-        self._transport.write(request)
+        self._transport.write(job.request)
         try:
             failure = await self._waiter
         finally:
@@ -230,7 +176,7 @@ class _Connection(asyncio.Protocol):
             self._waiter = None
         if failure is late:
             self._last_ns = time.monotonic_ns()
-        return Exchange(prompt, sent_ns, self._last_ns, response, failure)
+        return Exchange(job, None, sent_ns, self._last_ns, response, failure)
 
     def abort(self) -> None:
         self.open = False

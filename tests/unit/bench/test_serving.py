@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.bench import server
-from llmopt.bench.server import serve_command, serving
+from llmopt.bench import serving as server
+from llmopt.bench.serving import serve_command, serving
 from llmopt.errors import Exit, LlmoptError, MeasurementInvalidError
 
 MakeEngine = Callable[[str], Path]
@@ -121,7 +121,7 @@ def test_a_server_dies_with_a_killed_bench(make_engine: MakeEngine, fake_serve: 
     program = f"""
 import time
 from pathlib import Path
-from llmopt.bench.server import serving
+from llmopt.bench.serving import serving
 with serving("candidate", Path({str(engine)!r}), Path({str(log)!r}), lambda _: {fake_serve(engine)!r}):
     print("up", flush=True)
     time.sleep(600)

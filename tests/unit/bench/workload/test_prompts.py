@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.bench.workload import Prompts, load_tokenizer
+from llmopt.bench.workload.prompts import Prompts, load_tokenizer
 from llmopt.errors import LlmoptError
 
 

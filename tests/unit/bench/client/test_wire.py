@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.bench.wire import MalformedError, Piece, Response, events
+from llmopt.bench.client.wire import MalformedError, Piece, Response, events
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 BODY = b'data: {"text": "a"}\n\ndata: {"text": "0\\r\\n\\r\\n"}\n\ndata: [DONE]\n\n'

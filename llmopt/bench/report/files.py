@@ -13,7 +13,7 @@ from pathlib import Path
 
 import llmopt
 from llmopt.artifacts.outcome import Json
-from llmopt.bench.metrics import CONVENTIONS, Level
+from llmopt.bench.metrics.figures import CONVENTIONS, Level
 from llmopt.bench.settings import BenchSettings, Subject
 from llmopt.errors import LlmoptError
 from llmopt.profiles.settings import to_json

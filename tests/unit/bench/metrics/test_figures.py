@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.bench import metrics
-from llmopt.bench.client import Failure
-from llmopt.bench.metrics import Level, percentile, spread, streams_held, summarise
-from llmopt.bench.records import Record
+from llmopt.bench.client.base import Failure
+from llmopt.bench.metrics import figures as metrics
+from llmopt.bench.metrics.figures import Level, percentile, spread, streams_held, summarise
+from llmopt.bench.metrics.records import Record
+from llmopt.bench.metrics.validity import invalid, notes
 from llmopt.bench.settings import BenchSettings
-from llmopt.bench.validity import invalid, notes
 
 MS = 1_000_000
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from llmopt.bench.metrics import Level, coalesced_share, gaps_ms, percentile
-from llmopt.bench.records import Record
+from llmopt.bench.metrics.figures import Level, coalesced_share, gaps_ms, percentile
+from llmopt.bench.metrics.records import Record
 from llmopt.bench.settings import BenchSettings
 
 MAX_ERROR_SHARE = 0.01

@@ -14,10 +14,11 @@ from uuid import uuid4
 
 import pytest
 
-from llmopt.bench.client import Load, Target, closed_loop
+from llmopt.bench.client.base import Load, Target
+from llmopt.bench.client.loop import closed_loop
 from llmopt.bench.endpoints import ENDPOINTS, body
-from llmopt.bench.metrics import streams_held
-from llmopt.bench.records import Record, read
+from llmopt.bench.metrics.figures import streams_held
+from llmopt.bench.metrics.records import Record, read
 
 
 def load(
@@ -182,7 +183,7 @@ def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:
 
 
 def test_a_full_store_reads_answers_as_they_end(truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmopt.bench.client._HELD_BYTES", 3000)
+    monkeypatch.setattr("llmopt.bench.client.loop._HELD_BYTES", 3000)
     found, _ = load(truth.url(), requests=12, streams=2)
     assert sorted(record.prompt for record in found.records) == list(range(12))
     assert kinds(found) == {None}

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.bench.client import Exchange, Failure
+from llmopt.bench.client.base import Exchange, Failure, Job
+from llmopt.bench.client.wire import Response
 from llmopt.bench.endpoints import ENDPOINTS, body
-from llmopt.bench.records import Record, read
-from llmopt.bench.wire import Response
+from llmopt.bench.metrics.records import Record, read
 
 
 def answer(data: bytes, *, status: int = 200, kind: str = "text/event-stream") -> Exchange:
     response = Response()
     head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n"
     response.feed(5, head.encode() + data)
-    return Exchange(prompt=3, sent_ns=0, end_ns=9, response=response, failure=None)
+    return Exchange(Job(b"", 3), None, sent_ns=0, end_ns=9, response=response, failure=None)
 
 
 def stream(*fields: Any, done: bool = True) -> Exchange:
@@ -112,7 +112,7 @@ def test_a_failure_on_the_wire_keeps_the_tokens_before_it() -> None:
     response.feed(5, b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 999\r\n\r\n")
     response.feed(6, b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choi')
     late = Failure("timeout", "no end within 1 s")
-    found = completion(Exchange(0, 0, 9, response, late))
+    found = completion(Exchange(Job(b"", 0), None, 0, 9, response, late))
     assert found.stamps_ns == (6,)
     assert found.failure == late
 

@@ -1,0 +1,1 @@
+"""The load client: non-blocking sockets, stamps of the kernel, parsing afterwards."""

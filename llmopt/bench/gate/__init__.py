@@ -1,0 +1,1 @@
+"""Figures against thresholds, a baseline and a history."""

@@ -1,0 +1,1 @@
+"""From stored bytes to records, from records to figures, and whether these mean anything."""
