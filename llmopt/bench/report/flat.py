@@ -78,7 +78,8 @@ def _vllm_spread(spread: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _most_at_once(sample: Sample) -> int:
     """The most requests in flight at any time."""
-    times = np.concatenate([sample.sent_s, sample.sent_s + sample.end_s])
+    sent_us, took_us = (np.rint(1e6 * seconds) for seconds in (sample.sent_s, sample.end_s))
+    times = np.concatenate([sent_us, sent_us + took_us])
     steps = np.concatenate([np.ones(len(sample.sent_s), int), -np.ones(len(sample.sent_s), int)])
     order = np.lexsort((steps, times))  # one that ends makes room for one that starts then
     return int(np.cumsum(steps[order]).max(initial=0))

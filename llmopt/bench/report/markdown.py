@@ -6,7 +6,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llmopt.bench.report.words import Check, Report, checks, figure, levels, machine, metric, number, percent, verdict
+from llmopt.bench.report.words import (
+    Check,
+    Report,
+    checks,
+    figure,
+    levels,
+    machine,
+    metric,
+    number,
+    percent,
+    told,
+    verdict,
+)
 
 _SIGNS = {"passed": "✅", "failed": "❌", "inconclusive": "⚠️", "invalid": "⛔", None: "📏"}
 _COLUMNS = (
@@ -129,7 +141,7 @@ def _column(name: str) -> str:
 def _with_interval(found: Mapping[str, Any], name: str) -> str:
     """A figure, with its confidence interval where the report has one."""
     interval = figure(found, f"{name}_ci")
-    text = number(figure(found, name))
+    text = told(name, figure(found, name))
     return f"{text} [{number(interval[0])}, {number(interval[1])}]" if interval else text
 
 

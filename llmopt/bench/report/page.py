@@ -14,7 +14,7 @@ from typing import Any
 from llmopt.bench.report import charts, traces
 from llmopt.bench.report.lineage import lineage
 from llmopt.bench.report.requests import Sample, grouped
-from llmopt.bench.report.words import Report, figure, levels, machine, metric, number, percent, verdict
+from llmopt.bench.report.words import Report, figure, levels, machine, metric, number, percent, told, verdict
 
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "invalid": "!", None: "·"}
 _TILES = (
@@ -23,8 +23,8 @@ _TILES = (
     ("goodput_share", "goodput", "share"), ("errors", "errors", ""),
 )  # fmt: skip
 _COLUMNS = (
-    "requests", "errors", "ttft_ms_p50", "ttft_ms_p90", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50",
-    "tpot_ms_p99", "e2e_ms_p50", "e2e_ms_p99", "tokens_per_s", "requests_per_s", "goodput_share",
+    "requests", "errors", "tokens_per_s", "requests_per_s", "goodput_share", "ttft_ms_p50", "ttft_ms_p99",
+    "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50", "e2e_ms_p50", "e2e_ms_p99",
 )  # fmt: skip
 _DETAILED = 6  # levels whose distributions and timelines are drawn
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -102,17 +102,18 @@ def _tiles(report: Report) -> Iterator[str]:
 def _beside(value: float, base: Any, unit: str) -> str:
     if not isinstance(base, int | float) or not base or unit == "share":
         return ""
-    return f'<span class="dim">baseline {number(base)}, {percent(value / base)}</span>'
+    change = f", {percent(value / base)}" if isinstance(value, float) else ""
+    return f'<span class="dim">baseline {number(base)}{change}</span>'
 
 
 def _gate(report: Report) -> Iterator[str]:
     gate = report.get("gate") or {}
     comparisons = gate.get("comparisons") or ()
     if gate.get("slo"):
-        head = ("objective", "subject", "level", "measured", "")
-        rows = ([slo["slo"], slo["subject"], slo["level"], number(slo.get("value")), _met(slo["met"])]
+        head = ("", "objective", "subject", "level", "measured")
+        rows = ([_met(slo["met"]), slo["slo"], slo["subject"], slo["level"], number(slo.get("value"))]
                 for slo in gate["slo"])  # fmt: skip
-        yield from _rows(head, rows, words=(0, 1, 2, 4))
+        yield from _rows(head, rows, words=(0, 1, 2, 3))
     if comparisons:
         inner = [charts.forest(comparisons)]
         yield f'<div class="pair">{"".join(inner)}<div>{"".join(_verdicts(comparisons))}</div></div>'
@@ -149,7 +150,7 @@ def _table(report: Report) -> Iterator[str]:
 
 def _with_interval(summary: Mapping[str, Any], name: str) -> str:
     interval = figure(summary, f"{name}_ci")
-    text = number(figure(summary, name))
+    text = told(name, figure(summary, name))
     return f"{text}\n{number(interval[0])} to {number(interval[1])}" if interval else text
 
 
@@ -178,9 +179,8 @@ def _requests(report: Report, samples: Sequence[Sample]) -> Iterator[str]:
         of = {subject: groups[subject, level] for subject in report["subjects"] if (subject, level) in groups}
         if of:
             opened = " open" if level == drawn[-1] else ""
-            lines = [traces.timeline(rounds[0], style) for style, rounds in enumerate(of.values())]
-            drawings = _grid([f"<div>{line}</div>" for line in lines])
-            inside = "".join([*_grid(traces.distributions(of)), _KEY, *drawings])
+            drawings = [f"<div>{one}</div>" for one in traces.timelines([rounds[0] for rounds in of.values()])]
+            inside = "".join([*_grid(traces.distributions(of)), _KEY, *_grid(drawings)])
             count = sum(len(rounds) for rounds in of.values())
             about = f"{level}: {sum(len(s.sent_s) for rounds in of.values() for s in rounds)} requests"
             about += f" in {count} loads" if count > 1 else ""

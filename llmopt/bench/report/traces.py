@@ -59,26 +59,42 @@ def _marked(x: float, y: float, style: int, told: str, value: float) -> Iterator
     yield f'<text class="label t{style}" {side} y="{y + (-6 if style % 2 else 14):.1f}">{number(value)}</text>'
 
 
-def timeline(sample: Sample, style: int) -> str:
-    """Each request as a bar: waiting to be sent, waiting for its first token, decoding. A row is a stream."""
-    lanes = _lanes(sample)
-    shown = np.flatnonzero(lanes < _LANES)[:_BARS]
-    rows = int(lanes[shown].max(initial=0)) + 1
-    ends = sample.sent_s[shown] + sample.end_s[shown]
-    # cut where the drawn requests end, so that no row looks idle that only was not drawn
-    until = float(sample.sent_s[shown].max()) if len(shown) < (lanes < _LANES).sum() else float(ends.max())
-    row = max(3.0, min(12.0, 300 / rows))
-    bottom = svg.TOP + rows * row + 4
-    x = svg.linear([until], 36, svg.WIDTH - svg.RIGHT)
+def timelines(samples: Sequence[Sample]) -> list[str]:
+    """What was in flight when, and the tokens that came of it, of one round of each subject, all over the same time."""
+    lanes = [_lanes(sample) for sample in samples]
+    ends_s = [float((sample.sent_s + sample.end_s).max()) for sample in samples]
+    # cut before the first request that is one too many to draw: no row then looks idle that only was not drawn
+    cuts_s = [
+        float(sample.sent_s[low[_BARS]])
+        for sample, lane in zip(samples, lanes, strict=True)
+        if len(low := np.flatnonzero(lane < _LANES)) > _BARS
+    ]
+    until = min(cuts_s, default=max(ends_s))
+    x = svg.linear([until], 40, svg.WIDTH - svg.RIGHT)
     ticks = tuple(tick for tick in x.ticks if tick[0] <= until)
     x = svg.Axis(low=0, high=max(until, 1e-6), start=x.start, end=x.end, ticks=ticks)
+    rates = [_rates(sample, x.high) for sample in samples]
+    y = svg.linear([float(of.max(initial=0)) for of in rates], 80, svg.TOP)
+    y = svg.Axis(low=y.low, high=y.high, start=y.start, end=y.end, ticks=(y.ticks[0], y.ticks[-1]))
+    return [
+        _timeline(sample, lane, x) + _rates_chart(of, x, y, style)
+        for style, (sample, lane, of) in enumerate(zip(samples, lanes, rates, strict=True))
+    ]
+
+
+def _timeline(sample: Sample, lanes: np.ndarray, x: svg.Axis) -> str:
+    """Each request as a bar: waiting to be sent, waiting for its first token, decoding. A row is a stream."""
+    shown = np.flatnonzero((lanes < _LANES) & (sample.sent_s < x.high))
+    rows = int(lanes[shown].max(initial=0)) + 1
+    row = max(3.0, min(12.0, 300 / rows))
+    bottom = svg.TOP + rows * row + 4
     y = svg.Axis(low=0, high=1, start=bottom, end=svg.TOP)
-    parts = [*svg.grid(x, y, "seconds since the start", f"{rows} streams")]
+    parts = [*svg.grid(x, y, "seconds since the start", f"{rows} of {lanes.max() + 1} in flight")]
     parts += _bars(sample, shown, lanes, x, row)
     part = f"{len(shown)} of {len(lanes)} requests drawn" if len(shown) < len(lanes) else f"all {len(lanes)} requests"
     title = f"{sample.subject}, {sample.level}, round {sample.round + 1}: {part}"
-    told = f"{int(sample.failed.sum())} of {len(lanes)} failed; the last ended after {number(float(ends.max()))} s"
-    return svg.figure(title, told, parts, height=bottom + svg.BOTTOM) + _rates(sample, style, x)
+    told = f"{int(sample.failed.sum())} of {len(lanes)} failed"
+    return svg.figure(title, told, parts, height=bottom + svg.BOTTOM)
 
 
 def _lanes(sample: Sample) -> np.ndarray:
@@ -114,21 +130,21 @@ def _bars(sample: Sample, shown: np.ndarray, lanes: np.ndarray, x: svg.Axis, row
             yield f'<path class="bar b-{kind}" stroke-width="{max(1.5, row - 1.5):.1f}" d="{"".join(path)}"/>'
 
 
-def _rates(sample: Sample, style: int, above: svg.Axis) -> str:
-    """Output tokens/s over the same time, counting a chunk as its share of the request's tokens."""
+def _rates(sample: Sample, until_s: float) -> Floats:
+    """Output tokens/s in each bin of the time, a chunk counting as its share of its request's tokens."""
     counts = np.diff(sample.ends, prepend=0)
     owner = np.repeat(np.arange(len(counts)), counts)
     weights = (sample.tokens / np.maximum(counts, 1))[owner]
     at_s = sample.chunks_s + sample.sent_s[owner]
-    edges = np.linspace(0, above.high, _BINS + 1)
-    tokens, _ = np.histogram(at_s, edges, weights=weights)
-    rates = tokens / (edges[1] - edges[0])
-    height = 120
-    y = svg.linear(rates.tolist(), height - svg.BOTTOM, svg.TOP)
-    y = svg.Axis(low=y.low, high=y.high, start=y.start, end=y.end, ticks=(y.ticks[0], y.ticks[-1]))
-    xs = [above.at(edge) for edge in edges]
+    tokens, _ = np.histogram(at_s, _BINS, (0, until_s), weights=weights)
+    found: Floats = tokens * _BINS / until_s
+    return found
+
+
+def _rates_chart(rates: Floats, x: svg.Axis, y: svg.Axis, style: int) -> str:
+    xs = np.linspace(x.start, x.end, _BINS + 1)
     steps = "".join(f"L{xs[i]:.1f} {y.at(rate):.1f}H{xs[i + 1]:.1f}" for i, rate in enumerate(rates))
-    area = f'<path class="area f{style}" d="M{above.start:.1f} {y.start:.1f}{steps}V{y.start:.1f}Z"/>'
-    parts = [*svg.grid(above, y, "seconds since the start", "output tokens/s"), area]
-    told = f"mean {number(float(rates.mean()))} tokens/s, at most {number(float(rates.max(initial=0)))}"
-    return svg.figure(f"Output tokens/s: {told}", told, parts, height=height)
+    area = f'<path class="area f{style}" d="M{x.start:.1f} {y.start:.1f}{steps}V{y.start:.1f}Z"/>'
+    told = f"{number(float(rates.mean()))} in the mean, {number(float(rates.max(initial=0)))} at most"
+    parts = [*svg.grid(x, y, "seconds since the start", ""), area]
+    return svg.figure(f"Output tokens/s: {told}", told, parts, height=80 + svg.BOTTOM)

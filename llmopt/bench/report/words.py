@@ -151,6 +151,11 @@ def number(value: Any) -> str:
     return f"{value:.{digits}f}"
 
 
+def told(name: str, value: Any) -> str:
+    """A figure as a table shows it: shares in percent."""
+    return f"{100 * value:.1f} %" if name.endswith("_share") and isinstance(value, int | float) else number(value)
+
+
 def figure(summary: Mapping[str, Any], name: str) -> Any:
     """A figure of a summary by its compact name, as `ttft_ms_p99` or `tokens_per_s`; None where there is none."""
     base, _, statistic = name.rpartition("_")
