@@ -21,7 +21,7 @@ MAX_CLIENT_CPU_SHARE = 0.9  # of a core, for each of its processes
 MIN_STREAMS_HELD_SHARE = 0.95  # of those asked for
 MIN_RATE_SHARE = 0.95  # of the schedule's, where the client is what was late
 JUDGED_FROM_S = 1.0  # in a shorter load its beginning and its end weigh too much
-JUDGED_FROM_WAVES = 3  # requests for each stream, for the same reason
+JUDGED_FROM_WAVES = 3  # conversations (mostly one request) for each stream, for the same reason
 JUDGED_FROM_REQUESTS = 20  # of an open loop
 
 LATE_MS = 1.0  # a sending later than this, and than _LATE_SHARE of the mean time between two
@@ -65,7 +65,8 @@ def _streams_not_held(level: Level, at: str) -> str | None:
     """Between two requests of a stream there is the client, and nothing else, unless conversations have pauses."""
     asked = level.load.streams or 0
     pauses = any(record.turn > 0 and record.due_ns is not None for record in level.records)
-    few = level.wall_s < JUDGED_FROM_S or len(level.records) < JUDGED_FROM_WAVES * asked
+    begun = sum(record.turn == 0 for record in level.records)
+    few = level.wall_s < JUDGED_FROM_S or begun < JUDGED_FROM_WAVES * asked
     if pauses or few or _reconnects_much(level):
         return None
     held = streams_held(level)
