@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from llmopt.bench.report import svg
-from llmopt.bench.report.words import Report, change, figure, metric, number, percent
+from llmopt.bench.report.words import Report, change, figure, levels, metric, number, percent
 
 _HEIGHT = 290
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
@@ -30,7 +30,9 @@ class _Point:
 
 def curves(report: Report) -> list[str]:
     """What a load costs in latency: time to first token and time per token, each over tokens/s."""
-    wanted = (("ttft_ms", "Time to first token"), ("tpot_ms", "Time per output token"))
+    scheduled = any(figure(summary, "ttft_scheduled_ms_p50") for _, _, summary in levels(report))
+    first, title = ("ttft_scheduled_ms", ", from its schedule,") if scheduled else ("ttft_ms", "")
+    wanted = ((first, f"Time to first token{title}"), ("tpot_ms", "Time per output token"))
     return [chart for name, title in wanted if (chart := _curve(report, name, title))]
 
 
