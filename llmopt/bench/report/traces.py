@@ -13,7 +13,7 @@ from llmopt.bench.report.words import number
 
 _HEIGHT = 280
 _LANES = 40  # streams drawn
-_BARS = 500  # requests drawn
+_BARS = 300  # requests drawn
 _BINS = 80  # of time, for rates
 
 
