@@ -15,6 +15,9 @@ SHARES = {"goodput_share": "higher", "error_share": "lower"}
 COUNTS = ("errors",)
 PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9", "mean")
 
+# What is compared where nobody says: the start, the stream, the whole, the rate.
+GATED = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "tokens_per_s")
+
 _SCALARS: dict[str, Better] = {
     **dict.fromkeys(RATES, "higher"),
     "goodput_share": "higher",
