@@ -1,0 +1,116 @@
+"""The figures without nesting: with the keys of `vllm bench serve --save-result`, and as CSV.
+
+The keys are those of vllm/benchmarks/serve.py, so that what reads its files reads these. vLLM counts a gap (`itl`) as
+we do, its `tpot` is ours, and its `e2el` our e2e. What differs: its TTFT starts when a request is given to the HTTP
+client, ours when it is written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from llmopt.bench.report.requests import Sample, grouped
+from llmopt.bench.report.words import Report, levels
+
+_VLLM_NAMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "e2e_ms": "e2el"}
+
+
+def vllm(report: Report, samples: Sequence[Sample]) -> str:
+    """One object for each subject and level, a line each as `--append-result` writes them; one level is plain JSON."""
+    measured = dict(grouped(samples))
+    lines = [
+        json.dumps(_vllm(report, subject, level, summary, measured.get((subject, level), ())))
+        for subject, level, summary in levels(report)
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def _vllm(
+    report: Report, subject: str, level: str, summary: Mapping[str, Any], samples: Sequence[Sample]
+) -> dict[str, Any]:
+    settings, of = report["settings"], report["subjects"].get(subject) or {}
+    backend = "openai-chat" if settings.get("endpoint") == "chat" else "openai"
+    started = datetime.fromisoformat(report["environment"]["started"])
+    wall_s, answered = summary["wall_s"], summary["answered"]
+    prompt = round((summary.get("prompt_tokens") or 0) * answered)
+    flat: dict[str, Any] = {
+        "date": started.strftime("%Y%m%d-%H%M%S"),
+        "endpoint_type": backend,
+        "backend": backend,
+        "label": f"{subject}-{level}",
+        "model_id": of.get("model"),
+        "tokenizer_id": of.get("model"),
+        "num_prompts": summary["requests"],
+        "request_rate": float(level[1:]) if level.startswith("r") and _is_number(level[1:]) else "inf",
+        "burstiness": settings.get("burstiness") or 1.0,
+        "max_concurrency": int(level[1:]) if level.startswith("c") and level[1:].isdigit() else None,
+        "duration": wall_s,
+        "completed": answered,
+        "failed": summary["requests"] - answered,
+        "total_input_tokens": prompt,
+        "total_output_tokens": summary["tokens"],
+        "request_throughput": summary["requests_per_s"],
+        "request_goodput": summary.get("goodput_per_s"),
+        "output_throughput": summary["tokens_per_s"],
+        "total_token_throughput": (prompt + summary["tokens"]) / wall_s if wall_s else 0.0,
+        "max_concurrent_requests": max((_most_at_once(sample) for sample in samples), default=None),
+    }
+    for ours, theirs in _VLLM_NAMES.items():
+        spread = summary.get(ours)
+        if isinstance(spread, Mapping):
+            flat |= _vllm_spread(spread, theirs)
+    return flat
+
+
+def _vllm_spread(spread: Mapping[str, Any], name: str) -> dict[str, Any]:
+    flat = {f"mean_{name}_ms": spread["mean"], f"median_{name}_ms": spread["p50"]}
+    if "std" in spread:
+        flat[f"std_{name}_ms"] = spread["std"]
+    return flat | {f"{key}_{name}_ms": value for key, value in spread.items() if key[0] == "p" and _is_number(key[1:])}
+
+
+def _most_at_once(sample: Sample) -> int:
+    """The most requests in flight at any time."""
+    times = np.concatenate([sample.sent_s, sample.sent_s + sample.end_s])
+    steps = np.concatenate([np.ones(len(sample.sent_s), int), -np.ones(len(sample.sent_s), int)])
+    order = np.lexsort((steps, times))  # one that ends makes room for one that starts then
+    return int(np.cumsum(steps[order]).max(initial=0))
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def csv_rows(report: Report) -> str:
+    """A row for each subject, level and round, and one of all rounds; a column a figure, none of them nested."""
+    rows: list[dict[str, Any]] = []
+    for subject, level, summary in levels(report):
+        about = {"subject": subject, "level": level, "valid": report["valid"]}
+        rows.append(about | {"round": "all"} | _flattened({k: v for k, v in summary.items() if k != "rounds"}))
+        rows += [about | _flattened(found) for found in summary.get("rounds") or ()]
+    columns = dict.fromkeys(("subject", "level", "round", "valid", *(name for row in rows for name in row)))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(columns), lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _flattened(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"ttft_ms": {"p50": 1, "p50_ci": [0, 2]}}` as `ttft_ms_p50`, `ttft_ms_p50_ci_1`, `ttft_ms_p50_ci_2`."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            flat |= _flattened(value, f"{prefix}{name}_")
+        elif isinstance(value, list | tuple):
+            flat |= _flattened({str(place): item for place, item in enumerate(value, 1)}, f"{prefix}{name}_")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,203 @@
+"""A report as a run of twelve rounds would leave it: a server that queues and stalls at times, and one that is faster.
+
+The times are drawn from a small model of a server with so many slots; what is measured of them is computed here, so
+that the writers are tested against figures that fit their requests.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace as Level
+from types import SimpleNamespace as Record
+from typing import Any
+
+import numpy as np
+import pytest
+
+ARTIFACT = "sha256:" + "3f" * 32
+Json = dict[str, Any]
+
+
+def levels(*, streams: Sequence[int] = (1, 4, 16, 32), rounds: int = 3, requests: int = 48, seed: int = 7) -> list[Any]:
+    """Of a candidate and a baseline that is 8 % slower; some requests of the most loaded level fail."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(rounds):
+        noise = rng.normal(1.0, 0.04)
+        for subject, factor in (("candidate", 1.0), ("baseline", 1.08)):
+            for count in streams:
+                slow = factor * noise * rng.normal(1.0, 0.02)
+                found.append(closed(rng, subject, count, number, requests=requests, slow=slow))
+    return found
+
+
+def closed(rng: np.random.Generator, subject: str, streams: int, number: int, *, requests: int, slow: float) -> Any:
+    """A closed loop against eight slots: with more streams than those, requests wait."""
+    started_ns = 5_000_000_000 * (number + 1)
+    free_ns = [started_ns + 1000 * stream for stream in range(streams)]
+    slots_ns = [started_ns] * 8
+    records = []
+    for prompt in range(max(requests, 2 * streams)):
+        stream = int(np.argmin(free_ns))
+        sent_ns = free_ns[stream]
+        slot = int(np.argmin(slots_ns))
+        begin_ns = max(sent_ns, slots_ns[slot])
+        first_ns = begin_ns + int(slow * rng.lognormal(3.4, 0.25) * 1e6)
+        gaps_ms = slow * rng.lognormal(2.0 + 0.02 * min(streams, 8), 0.12, 31)
+        gaps_ms[rng.random(31) < 0.01] += 80.0  # a stall
+        stamps = array("q", [first_ns, *(first_ns + np.cumsum(gaps_ms * 1e6).astype(np.int64)).tolist()])
+        failed = streams >= 16 and prompt % 40 == 17
+        if failed:
+            stamps = stamps[:9]
+        slots_ns[slot] = free_ns[stream] = stamps[-1] + 20_000
+        records.append(
+            Record(
+                prompt=prompt, turn=0, target=0, status=200, due_ns=None, sent_ns=sent_ns, end_ns=free_ns[stream],
+                stamps_ns=stamps, answer_ns=first_ns, prompt_tokens=128, cached_tokens=0,
+                completion_tokens=None if failed else 32, wanted_tokens=32, finish=None if failed else "length",
+                streamed=True, failure=Record(kind="cut", detail="ended in mid-token") if failed else None,
+            )
+        )  # fmt: skip
+    end_ns = max(record.end_ns for record in records)
+    return Level(
+        subject=subject, load=Level(streams=streams, rate=None, label=f"c{streams}"), round=number,
+        records=tuple(records), started_ns=started_ns, wall_s=(end_ns - started_ns) / 1e9, cpu_s=0.02,
+    )  # fmt: skip
+
+
+def report(measured: Sequence[Any] | None = None, **changes: Any) -> Json:
+    """What `levels()` comes to, with a gate; keys can be replaced."""
+    found: Json = {}
+    for level in levels() if measured is None else measured:
+        found.setdefault(level.subject, {}).setdefault(level.load.label, []).append(level)
+    return {
+        "schema": "llmopt.report/2",
+        "valid": True,
+        "invalid_because": None,
+        "settings": {
+            "concurrency": [1, 4, 16, 32], "requests": 48, "prompt_tokens": 128, "output_tokens": 32, "rounds": 12,
+            "endpoint": "completions", "workload": "chat", "seed": 0, "slo": ["ttft_ms_p99<=200"],
+        },
+        "subjects": subjects(),
+        "results": {name: {at: summary(group) for at, group in of.items()} for name, of in found.items()},
+        "gate": gate(),
+        "sweep": None,
+        "notes": [
+            "`candidate` c32: 2 of 64 requests failed: 2 `cut` (ended in mid-token)",
+            "`baseline` c1: 6 % of the tokens came together with another: gaps are between chunks, not tokens",
+        ],
+        "environment": {
+            "started": "2026-11-21T19:00:00+00:00", "cpu": "Some CPU @ 2.90GHz", "cores": 2, "cores_of_machine": 2,
+            "smt": False, "governor": None, "load_average": [0.4, 0.5, 0.6], "system": "Linux 6.1.0 x86_64",
+            "clock": {"source": "tsc", "resolution_ns": 1}, "limits": {"container": True, "cpus": 1.5},
+            "versions": {"llmopt": "0.4.0", "python": "CPython 3.12.1"},
+        },
+        "conventions": {
+            "ttft_ms": "from just before the request is written to the first chunk with text",
+            "itl_ms": "every gap between successive chunks with text, all requests together",
+        },
+    } | changes  # fmt: skip
+
+
+def subjects() -> Json:
+    lineage = [
+        {"id": ARTIFACT, "kind": "engine", "op": "compile.openvino", "settings": {"target": "openvino"},
+         "metrics": {"weight_bytes": 5_900_000}, "bytes": 7_100_000, "source": None},
+        {"id": "sha256:" + "a1" * 32, "kind": "quantized-model", "op": "quantize.gptq",
+         "settings": {"bits": 4, "group_size": 128},
+         "metrics": {"bits_per_weight": 4.156, "weight_bytes": 5_700_000, "kl_mean": 0.0123, "perplexity": 9.81,
+                     "base_perplexity": 9.72, "top1_agreement": 0.958},
+         "bytes": 6_400_000, "source": None},
+        {"id": "sha256:" + "b2" * 32, "kind": "model", "op": None, "settings": {}, "metrics": {},
+         "bytes": 15_900_000, "source": "org/name@0123abc", "license": "apache-2.0"},
+    ]  # fmt: skip
+    return {
+        "candidate": {"model": "tiny-gptq", "engine": "engine", "artifact": ARTIFACT, "lineage": lineage},
+        "baseline": {"model": "tiny", "url": "http://127.0.0.1:8000", "artifact": None, "lineage": []},
+    }
+
+
+def comparison(metric: str, ratio: float, verdict: str, *, level: str = "c16", reason: str = "") -> Json:
+    better = "higher" if "_per_s" in metric else "lower"
+    return {
+        "level": level, "metric": metric, "better": better, "ratio": ratio, "low": ratio - 0.021, "high": ratio + 0.024,
+        "p": 0.004, "p_adjusted": 0.012, "rounds": 12, "margin": 0.05, "verdict": verdict, "reason": reason,
+    }  # fmt: skip
+
+
+def gate(verdict: str = "fail") -> Json:
+    return {
+        "verdict": verdict, "margin": 0.05, "alpha": 0.05, "looks": 1, "baseline": None,
+        "comparisons": [
+            comparison("ttft_ms_p50", 0.927, "pass", reason="7.3% lower, not worse by the margin of 5.0%"),
+            comparison("itl_ms_p50", 0.941, "pass", reason="5.9% lower, not worse by the margin of 5.0%"),
+            comparison("itl_ms_p99", 1.041, "inconclusive", reason="4.1% higher: 6.5% higher is not ruled out"),
+            comparison("tokens_per_s", 1.083, "pass", reason="8.3% higher, not worse by the margin of 5.0%"),
+            comparison("ttft_ms_p99", 1.122, "fail", level="c32", reason="12.2% higher, worse by more than 5.0%"),
+        ],
+        "slo": [
+            {"slo": "ttft_ms_p99<=200", "level": "c4", "subject": "candidate", "value": 61.2, "met": True},
+            {"slo": "ttft_ms_p99<=200", "level": "c32", "subject": "candidate", "value": 1250.4, "met": False},
+        ],
+    }  # fmt: skip
+
+
+def summary(group: Sequence[Any]) -> Json:
+    found = _figures(group)
+    return found | {"rounds": [{"round": level.round, **_compact(_figures([level]))} for level in group]}
+
+
+def _figures(group: Sequence[Any]) -> Json:
+    records = [record for level in group for record in level.records]
+    answered = [record for record in records if record.failure is None]
+    wall_s = sum(level.wall_s for level in group)
+    stamps = [np.array(record.stamps_ns) for record in answered]
+    times = {
+        "ttft_ms": [(s[0] - r.sent_ns) / 1e6 for s, r in zip(stamps, answered, strict=True)],
+        "itl_ms": np.concatenate([np.diff(s) / 1e6 for s in stamps]),
+        "tpot_ms": [(s[-1] - s[0]) / 1e6 / (len(s) - 1) for s in stamps],
+        "e2e_ms": [(s[-1] - r.sent_ns) / 1e6 for s, r in zip(stamps, answered, strict=True)],
+    }
+    return {
+        "requests": len(records), "answered": len(answered),
+        "errors": {"cut": len(records) - len(answered)} if len(records) > len(answered) else {},
+        "wall_s": wall_s, "requests_per_s": len(answered) / wall_s, "tokens_per_s": 32 * len(answered) / wall_s,
+        "tokens": 32 * len(answered), "prompt_tokens": 128.0, "goodput_share": 0.97, "goodput_per_s": 1.0,
+        **{name: _spread(values) for name, values in times.items()},
+    }  # fmt: skip
+
+
+def _spread(values: Any) -> Json:
+    found = {f"p{percent}": float(np.percentile(values, percent)) for percent in (50, 90, 95, 99, 99.9)}
+    return {"count": len(values), "mean": float(np.mean(values)), "std": float(np.std(values)), **found}
+
+
+def _compact(figures: Mapping[str, Any]) -> Json:
+    flat = {
+        f"{name}_{statistic}": figures[name][statistic]
+        for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+        for statistic in ("p50", "p99")
+    }
+    rates = {name: figures[name] for name in ("tokens_per_s", "requests_per_s", "requests")}
+    return flat | rates | {"errors": sum(figures["errors"].values())}
+
+
+@pytest.fixture
+def make_levels() -> Callable[..., list[Any]]:
+    return levels
+
+
+@pytest.fixture
+def make_report() -> Callable[..., Json]:
+    return report
+
+
+@pytest.fixture
+def make_gate() -> Callable[..., Json]:
+    return gate
+
+
+@pytest.fixture
+def make_comparison() -> Callable[..., Json]:
+    return comparison
