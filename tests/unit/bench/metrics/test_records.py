@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmopt.bench.client.base import Exchange, Failure, Job
 from llmopt.bench.client.wire import Response
-from llmopt.bench.endpoints import ENDPOINTS, body
+from llmopt.bench.endpoints import ENDPOINTS
 from llmopt.bench.metrics.records import Record, read
 
 
@@ -26,7 +26,7 @@ def stream(*fields: Any, done: bool = True) -> Exchange:
 
 
 def completion(exchange: Exchange) -> Record:
-    return read(exchange, ENDPOINTS["completions"])
+    return read(exchange, "completions")
 
 
 def failure_of(exchange: Exchange) -> Failure:
@@ -45,7 +45,7 @@ def test_a_chunk_without_text_is_no_token() -> None:
 
 def test_reasoning_counts_as_the_first_token_of_a_chat() -> None:
     deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "yes"}, {"content": None}]
-    found = read(stream(*({"choices": [{"delta": delta}]} for delta in deltas)), ENDPOINTS["chat"])
+    found = read(stream(*({"choices": [{"delta": delta}]} for delta in deltas)), "chat")
     assert found.failure is None
     assert len(found.stamps_ns) == 2
 
@@ -65,7 +65,7 @@ def test_usage_repeated_in_every_chunk_is_the_last_one() -> None:
 def test_a_whole_answer_is_one_token_stamp_and_not_streamed() -> None:
     text = json.dumps({"choices": [{"text": "abc"}], "usage": {"completion_tokens": 3}}).encode()
     found = completion(answer(text, kind="application/json"))
-    assert (found.streamed, found.tokens, found.stamps_ns, found.failure) == (False, 3, (5,), None)
+    assert (found.streamed, found.tokens, list(found.stamps_ns), found.failure) == (False, 3, [5], None)
 
 
 @pytest.mark.parametrize("end", [{"choices": [{"finish_reason": "length"}]}, {"usage": {"total_tokens": 2}}])
@@ -113,7 +113,7 @@ def test_a_failure_on_the_wire_keeps_the_tokens_before_it() -> None:
     response.feed(6, b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choi')
     late = Failure("timeout", "no end within 1 s")
     found = completion(Exchange(Job(b"", 0), None, 0, 9, response, late))
-    assert found.stamps_ns == (6,)
+    assert list(found.stamps_ns) == [6]
     assert found.failure == late
 
 
@@ -133,15 +133,5 @@ KEYS = st.sampled_from(["choices", "text", "usage", "error", "delta"])
     )
 )
 def test_any_json_event_makes_a_record(fields: Any) -> None:
-    for endpoint in ENDPOINTS.values():
+    for endpoint in ENDPOINTS:
         read(stream(fields), endpoint)
-
-
-def test_the_request_asks_for_a_greedy_stream_of_exact_length_with_usage() -> None:
-    sent = json.loads(body(ENDPOINTS["completions"], model="m", prompt="hello", output_tokens=9))
-    assert sent == {
-        "model": "m", "prompt": "hello", "max_tokens": 9, "temperature": 0, "ignore_eos": True, "stream": True,
-        "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    chat = json.loads(body(ENDPOINTS["chat"], model="m", prompt="hello", output_tokens=9))
-    assert chat["messages"] == [{"role": "user", "content": "hello"}]
