@@ -48,7 +48,7 @@ class Limits:
     first: float = 1.0  # the load that it begins with
     most: float = 1024.0  # the largest load it may try
     resolution: float = 0.1  # it stops where two loads differ by no more than this share (streams: or by one)
-    growth: float = 0.05  # throughput that grows by less over two doublings has stopped
+    growth: float = 0.05  # throughput that grows by less over a doubling has stopped
     votes: int = 3  # measurements of the loads next to the answer; most of them decide
     measurements: int = 40  # it ends here, whatever is left
 
@@ -136,8 +136,11 @@ class _Search:
         return median(numbers) if numbers else None
 
     def double(self) -> None:
-        """Measure doubled loads until one of the limits; `stopped` says which."""
-        load, best = self._rounded(self.limits.first), [0.0]
+        """Measure doubled loads until one of the limits; `stopped` says which.
+
+        More streams than throughput grows for may still meet the SLOs. A higher rate would only make the queue longer.
+        """
+        load, most = self._rounded(self.limits.first), 0.0
         while not self.spent:
             self.look(load)
             if not self.at(load)[0].valid and not self.spent:  # it may have been bad luck
@@ -145,8 +148,9 @@ class _Search:
             if not any(measured.valid for measured in self.at(load)):
                 self.stopped = f"the measurement of {load:g} was not valid"
                 return
-            best.append(max(best[-1], self.figure(load, self.throughput) or 0.0))
-            if len(best) > 3 and best[-1] < (1 + self.limits.growth) * best[-3]:
+            reached = self.figure(load, self.throughput) or 0.0
+            stalled, most = reached < (1 + self.limits.growth) * most, max(most, reached)
+            if stalled and (self.kind == "rate" or not self.meets(load)):
                 self.stopped = "throughput grew no more"
                 return
             if load >= self.limits.most:

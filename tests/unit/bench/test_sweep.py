@@ -58,13 +58,9 @@ def test_the_knee_of_a_queue_is_at_half_its_capacity() -> None:
 @given(st.integers(1, 200), st.floats(1.3, 6))
 def test_the_best_load_meets_the_slo_and_the_next_does_not(count: int, factor: float) -> None:
     found = sweep(slots(count, slo_ms=factor * SERVICE_MS), kind="streams", limits=Limits(most=4096))
-    largest = int(factor * count)
     assert found.best is not None
-    if found.at_limit:  # throughput had stopped growing, so no larger load was tried
-        assert found.best <= largest
-        assert found.best >= 2 * count
-    else:
-        assert largest / 1.1 - 1 <= found.best <= largest
+    assert int(factor * count) / 1.1 - 1 <= found.best <= int(factor * count)
+    assert not found.at_limit
 
 
 @given(st.floats(0.5, 300), st.floats(0.1, 0.9))
@@ -148,7 +144,7 @@ def test_no_load_is_larger_than_allowed() -> None:
 
 def test_doubling_ends_soon_after_throughput_does() -> None:
     found = sweep(slots(8), kind="streams")
-    assert max(point.load for point in found.points) == 32
+    assert max(point.load for point in found.points) == 16
     assert "grew no more" in found.stopped
 
 
