@@ -13,6 +13,7 @@ from llmopt.artifacts.outcome import Json
 from llmopt.bench.metrics.intervals import PERCENTILES, spread
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.sample import REQUEST_TIMES, Sample, gaps_of
+from llmopt.bench.settings import LoadShape
 
 CONVENTIONS: Mapping[str, str] = {
     "ttft_ms": "from just before the request is written, on a connection that stands, to the first chunk with output",
@@ -61,17 +62,6 @@ _RATES = (
     "goodput_per_s", "goodput_share", "joules_per_token",
 )  # fmt: skip
 _PEAK_FROM_S = 2.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadShape:
-    """What was asked of the client: so many streams, or so many requests a second, or (both None) a schedule."""
-
-    label: str  # in reports: c4, r2.5, trace
-    streams: int | None = None
-    rate: float | None = None
-    ramp_s: float = 0.0  # of the streams or of the rate
-    in_flight: int | None = None  # open loop: at most so many at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from llmopt.bench.client.base import Failure
-from llmopt.bench.metrics.figures import Level, LoadShape
+from llmopt.bench.metrics.figures import Level
+from llmopt.bench.settings import LoadShape
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.validity import invalid, notes
 
