@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from llmopt.bench.report import svg
-from llmopt.bench.report.words import Report, change, figure, metric, number, percent
+from llmopt.bench.report.words import Report, change, figure, levels, metric, number, percent
 
 _HEIGHT = 290
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
@@ -30,7 +30,9 @@ class _Point:
 
 def curves(report: Report) -> list[str]:
     """What a load costs in latency: time to first token and time per token, each over tokens/s."""
-    wanted = (("ttft_ms", "Time to first token"), ("tpot_ms", "Time per output token"))
+    scheduled = any(figure(summary, "ttft_scheduled_ms_p50") for _, _, summary in levels(report))
+    first, title = ("ttft_scheduled_ms", ", from its schedule,") if scheduled else ("ttft_ms", "")
+    wanted = ((first, f"Time to first token{title}"), ("tpot_ms", "Time per output token"))
     return [chart for name, title in wanted if (chart := _curve(report, name, title))]
 
 
@@ -43,30 +45,48 @@ def _curve(report: Report, name: str, title: str) -> str | None:
     limits = _limits(report, name)
     x = svg.linear([point.rate for point in every], svg.LEFT, svg.WIDTH - svg.RIGHT)
     values = [value for point in every for value in (point.low, point.high)]
-    y = svg.logarithmic([*values, *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
+    y = svg.logarithmic([*values, 0.8 * min(values), *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
     parts = [*svg.grid(x, y, "output tokens/s", "ms, p50 and up to p99"), *_limit_lines(limits, x, y)]
+    labels, names = _Labels(), list[str]()
     sweep = report.get("sweep") or {}
     for style, points in enumerate(series.values()):
         parts.append(svg.line([(x.at(point.rate), y.at(point.low)) for point in points], style))
         for point in points:
-            parts += _whisker(point, x, y, style, _of_sweep(sweep, point.level), labelled=style == 0)
+            found = _of_sweep(sweep, point.level) if style == 0 else ""
+            parts += _whisker(point, x, y, style, ringed=bool(found))
+            if style == 0:
+                names.append(labels.label(x.at(point.rate), y.at(point.low), f"{point.level} {found}".strip()))
+    parts += names  # above all lines
     if len(series) > 1:
         parts += svg.legend(list(series), svg.WIDTH - svg.RIGHT, svg.TOP - 12)
     told = "; ".join(f"{subject} at {point.told()}" for subject, points in series.items() for point in points)
     return svg.figure(f"{title} over throughput", told, parts, height=_HEIGHT)
 
 
-def _whisker(point: _Point, x: svg.Axis, y: svg.Axis, style: int, found: str, *, labelled: bool) -> Iterator[str]:
+@dataclass(slots=True)
+class _Labels:
+    """Puts a name beside its point where no other is; where all places are taken, its tooltip has to do."""
+
+    taken: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def label(self, x: float, y: float, text: str) -> str:
+        width = 7.0 * len(text)
+        for left, below in ((x + 8, y + 16), (x - 8 - width, y - 8), (x - 8 - width, y + 16)):
+            free = all(left > a + w or left + width < a or abs(below - b) > 13 for a, b, w in self.taken)
+            if free and left + width < svg.WIDTH:
+                self.taken.append((left, below, width))
+                end = left < x
+                side = f'text-anchor="end" x="{x - 8:.1f}"' if end else f'x="{left:.1f}"'
+                return f'<text class="label" {side} y="{below:.1f}">{escape(text)}</text>'
+        return ""
+
+
+def _whisker(point: _Point, x: svg.Axis, y: svg.Axis, style: int, *, ringed: bool) -> Iterator[str]:
     at, low, high = x.at(point.rate), y.at(point.low), y.at(point.high)
     yield f'<path class="line thin s{style}" d="M{at:.1f} {low:.1f}V{high:.1f}m-4 0h8"/>'
     yield svg.mark(at, low, style, point.told())
-    if found:
+    if ringed:
         yield f'<circle class="ring" cx="{at:.1f}" cy="{low:.1f}" r="9"/>'
-    if labelled:
-        label = f"{point.level} {found}".strip()
-        end = at > svg.WIDTH - 70
-        side = f'text-anchor="end" x="{at - 7:.1f}"' if end else f'x="{at + 7:.1f}"'
-        yield f'<text class="label" {side} y="{low + 16:.1f}">{escape(label)}</text>'
 
 
 def _of_sweep(sweep: Mapping[str, Any], level: str) -> str:
@@ -119,19 +139,15 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> str:
     start, end, step = 10.0, svg.WIDTH - 10.0, 50
     axis = svg.Axis(low=math.exp(-reach), high=math.exp(reach), start=start, end=end, scale="log")
     bottom = 14.0 + step * len(rows)
-    beyond = axis.at(1 + margin)
     parts = [
-        f'<rect class="bad" x="{beyond:.1f}" y="6" width="{end - beyond:.1f}" height="{bottom - 6:.1f}"/>',
-        f'<path class="axis" d="M{axis.at(1):.1f} 6V{bottom:.1f}"/>',
-        f'<path class="limit" d="M{beyond:.1f} 6V{bottom:.1f}"/>',
-        f'<text class="tick" x="{start}" y="{bottom + 16:.1f}">← better</text>',
-        f'<text class="tick" text-anchor="middle" x="{axis.at(1):.1f}" y="{bottom + 16:.1f}">equal</text>',
-        f'<text class="tick" text-anchor="end" x="{end}" y="{bottom + 16:.1f}">worse than the margin →</text>',
+        f'<text class="tick" x="{start}" y="{bottom + 10:.1f}">← better</text>',
+        f'<text class="tick" text-anchor="middle" x="{axis.at(1):.1f}" y="{bottom + 10:.1f}">equal</text>',
+        f'<text class="tick" text-anchor="end" x="{end}" y="{bottom + 10:.1f}">worse than the margin →</text>',
     ]
     for place, (found, row) in enumerate(zip(comparisons, rows, strict=True)):
         parts += _forest_row(found, row, axis, 14.0 + step * place)
     told = "; ".join(f"{metric(c['metric'])} at {c['level']}: {change(c)}: {c['verdict']}" for c in comparisons)
-    return svg.figure("Candidate against baseline", told, parts, height=bottom + 24)
+    return svg.figure("Candidate against baseline", told, parts, height=bottom + 18)
 
 
 def _turned(found: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -142,11 +158,15 @@ def _turned(found: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def _forest_row(found: Mapping[str, Any], row: tuple[float, float, float], axis: svg.Axis, top: float) -> Iterator[str]:
-    verdict, y = found["verdict"], top + 30
+    verdict, y, beyond = found["verdict"], top + 29, axis.at(1 + found["margin"])
     said = f"{percent(found['ratio'])} [{percent(found['low'])}, {percent(found['high'])}]"
     name = f"{_MARKS[verdict]} {metric(found['metric'])}, {found['level']}"
     yield f'<text class="label" x="{axis.start}" y="{top + 12:.1f}">{escape(name)}</text>'
     yield f'<text class="tick" text-anchor="end" x="{axis.end}" y="{top + 12:.1f}">{escape(said)}</text>'
+    yield f'<rect class="bad" x="{beyond:.1f}" y="{y - 11:.1f}" width="{axis.end - beyond:.1f}" height="22"/>'
+    yield f'<path class="grid" d="M{axis.start} {y:.1f}H{axis.end}"/>'
+    yield f'<path class="axis" d="M{axis.at(1):.1f} {y - 11:.1f}v22"/>'
+    yield f'<path class="limit" d="M{beyond:.1f} {y - 11:.1f}v22"/>'
     if all(math.isfinite(value) for value in row):
         ratio, low, high = (axis.at(value) for value in row)
         yield f'<path class="interval v-{verdict}" d="M{low:.1f} {y - 5:.1f}v10m0 -5H{high:.1f}m0 -5v10"/>'
@@ -180,4 +200,5 @@ def _rounds_of(report: Report, level: str, name: str) -> str | None:
         for at, value in points:
             parts.append(svg.mark(x.at(at), y.at(value), style, f"round {at:g}: {number(value)}", size=2.8))
     told = "; ".join(f"{name}: {', '.join(number(value) for _, value in points)}" for name, points in series.items())
-    return svg.figure(f"{metric(name)} at {level}", told, parts, height=height, width=width)
+    unit = " ms" if "_ms" in name else ""
+    return svg.figure(f"{metric(name)}{unit} at {level}", told, parts, height=height, width=width)

@@ -42,13 +42,13 @@ def prepare(out: Path) -> None:
 def write(out: Path, report: Report) -> None:
     """report.json first, so that whatever befalls the others, the figures are there."""
     _put(out / FORMS["json"], json.dumps(_finite(report), indent=1, ensure_ascii=False) + "\n")
-    samples = requests.read(out)
+    measured = requests.read(out)
     _put(out / FORMS["markdown"], markdown(report))
     _put(out / FORMS["summary"], summary(report))
     _put(out / FORMS["junit"], junit(report))
     _put(out / FORMS["csv"], flat.csv_rows(report))
-    _put(out / FORMS["vllm"], flat.vllm(report, samples))
-    _put(out / FORMS["html"], page(report, samples))
+    _put(out / FORMS["vllm"], flat.vllm(report, measured))
+    _put(out / FORMS["html"], page(report, measured))
 
 
 def copy(out: Path, form: str, to: Path) -> None:

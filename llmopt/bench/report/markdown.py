@@ -6,14 +6,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llmopt.bench.report.words import Check, Report, checks, figure, levels, machine, metric, number, percent, verdict
+from llmopt.bench.report.words import (
+    Check,
+    Report,
+    checks,
+    figure,
+    interval,
+    levels,
+    machine,
+    metric,
+    number,
+    percent,
+    told,
+    verdict,
+)
 
 _SIGNS = {"passed": "✅", "failed": "❌", "inconclusive": "⚠️", "invalid": "⛔", None: "📏"}
 _COLUMNS = (
     "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50", "e2e_ms_p50", "e2e_ms_p99",
     "tokens_per_s", "requests_per_s",
 )  # fmt: skip
-_OPTIONAL = ("goodput_share",)
+_OPTIONAL = ("ttft_scheduled_ms_p99", "goodput_share")
 _NOTES = 8  # in the summary; the page has all
 _ANNOTATIONS = 10  # of a kind: GitHub shows no more from one step
 
@@ -128,9 +141,9 @@ def _column(name: str) -> str:
 
 def _with_interval(found: Mapping[str, Any], name: str) -> str:
     """A figure, with its confidence interval where the report has one."""
-    interval = figure(found, f"{name}_ci")
-    text = number(figure(found, name))
-    return f"{text} [{number(interval[0])}, {number(interval[1])}]" if interval else text
+    known = interval(found, name)
+    text = told(name, figure(found, name))
+    return f"{text} [{number(known[0])}, {number(known[1])}]" if known else text
 
 
 def _notes(notes: Sequence[str]) -> Iterator[str]:

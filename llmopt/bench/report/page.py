@@ -13,24 +13,25 @@ from typing import Any
 
 from llmopt.bench.report import charts, traces
 from llmopt.bench.report.lineage import lineage
-from llmopt.bench.report.requests import Sample, grouped
-from llmopt.bench.report.words import Report, figure, levels, machine, metric, number, percent, verdict
+from llmopt.bench.report.requests import Rows, grouped
+from llmopt.bench.report.words import Report, figure, interval, levels, machine, metric, number, percent, told, verdict
 
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "invalid": "!", None: "·"}
 _TILES = (
-    ("ttft_ms_p50", "TTFT p50", "ms"), ("ttft_ms_p99", "TTFT p99", "ms"), ("itl_ms_p50", "ITL p50", "ms"),
+    ("ttft_ms_p50", "TTFT p50", "ms"), ("ttft_ms_p99", "TTFT p99", "ms"),
+    ("ttft_scheduled_ms_p99", "TTFT p99 from schedule", "ms"), ("itl_ms_p50", "ITL p50", "ms"),
     ("itl_ms_p99", "ITL p99", "ms"), ("tokens_per_s", "output tokens/s", ""), ("requests_per_s", "requests/s", ""),
     ("goodput_share", "goodput", "share"), ("errors", "errors", ""),
 )  # fmt: skip
 _COLUMNS = (
-    "requests", "errors", "ttft_ms_p50", "ttft_ms_p90", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50",
-    "tpot_ms_p99", "e2e_ms_p50", "e2e_ms_p99", "tokens_per_s", "requests_per_s", "goodput_share",
+    "requests", "errors", "tokens_per_s", "requests_per_s", "goodput_share", "ttft_ms_p50", "ttft_ms_p99",
+    "ttft_scheduled_ms_p99", "itl_ms_p50", "itl_ms_p99", "tpot_ms_p50", "e2e_ms_p50", "e2e_ms_p99",
 )  # fmt: skip
 _DETAILED = 6  # levels whose distributions and timelines are drawn
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(report: Report, samples: Sequence[Sample]) -> str:
+def page(report: Report, measured: Sequence[Rows]) -> str:
     found = verdict(report)
     title = f"Load test: {found.title.lower()}"
     style = resources.files("llmopt.bench.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def page(report: Report, samples: Sequence[Sample]) -> str:
         *_section("Key figures", _tiles(report)),
         *_section("Objectives and comparison", _gate(report)),
         *_section("What the load costs", _grid(charts.curves(report)), _table(report)),
-        *_section("Requests", _requests(report, samples)),
+        *_section("Requests", _requests(report, measured)),
         *_section("Quality and size", lineage(report)),
         *_section("Notes", _list(report["notes"])),
         *_section("How it was measured", _facts(report)),
@@ -102,17 +103,18 @@ def _tiles(report: Report) -> Iterator[str]:
 def _beside(value: float, base: Any, unit: str) -> str:
     if not isinstance(base, int | float) or not base or unit == "share":
         return ""
-    return f'<span class="dim">baseline {number(base)}, {percent(value / base)}</span>'
+    change = f", {percent(value / base)}" if isinstance(value, float) else ""
+    return f'<span class="dim">baseline {number(base)}{change}</span>'
 
 
 def _gate(report: Report) -> Iterator[str]:
     gate = report.get("gate") or {}
     comparisons = gate.get("comparisons") or ()
     if gate.get("slo"):
-        head = ("objective", "subject", "level", "measured", "")
-        rows = ([slo["slo"], slo["subject"], slo["level"], number(slo.get("value")), _met(slo["met"])]
+        head = ("", "objective", "subject", "level", "measured")
+        rows = ([_met(slo["met"]), slo["slo"], slo["subject"], slo["level"], number(slo.get("value"))]
                 for slo in gate["slo"])  # fmt: skip
-        yield from _rows(head, rows, words=(0, 1, 2, 4))
+        yield from _rows(head, rows, words=(0, 1, 2, 3))
     if comparisons:
         inner = [charts.forest(comparisons)]
         yield f'<div class="pair">{"".join(inner)}<div>{"".join(_verdicts(comparisons))}</div></div>'
@@ -145,12 +147,13 @@ def _table(report: Report) -> Iterator[str]:
     head = ("subject", "level", *(metric(name) + (" ms" if "_ms" in name else "") for name in columns))
     cells = ([subject, level, *(_with_interval(of, name) for name in columns)] for subject, level, of in rows)
     yield from _rows(head, cells)
+    yield '<p class="dim">Under a figure its 95 % interval, where there are requests enough for one.</p>'
 
 
 def _with_interval(summary: Mapping[str, Any], name: str) -> str:
-    interval = figure(summary, f"{name}_ci")
-    text = number(figure(summary, name))
-    return f"{text}\n{number(interval[0])} to {number(interval[1])}" if interval else text
+    known = interval(summary, name)
+    text = told(name, figure(summary, name))
+    return f"{text}\n{number(known[0])} to {number(known[1])}" if known else text
 
 
 def _rows(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0, 1)) -> Iterator[str]:
@@ -169,18 +172,17 @@ def _rows(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[in
     yield "</tbody></table></div>"
 
 
-def _requests(report: Report, samples: Sequence[Sample]) -> Iterator[str]:
+def _requests(report: Report, measured: Sequence[Rows]) -> Iterator[str]:
     """A part to unfold for each level, the most loaded one open."""
-    groups = dict(grouped(samples))
+    groups = dict(grouped(measured))
     order = sorted({level for _, level in groups}, key=charts.load_order)
     drawn = order[-_DETAILED:]
     for level in drawn:
         of = {subject: groups[subject, level] for subject in report["subjects"] if (subject, level) in groups}
         if of:
             opened = " open" if level == drawn[-1] else ""
-            lines = [traces.timeline(rounds[0], style) for style, rounds in enumerate(of.values())]
-            drawings = _grid([f"<div>{line}</div>" for line in lines])
-            inside = "".join([*_grid(traces.distributions(of)), _KEY, *drawings])
+            drawings = [f"<div>{one}</div>" for one in traces.timelines([rounds[0] for rounds in of.values()])]
+            inside = "".join([*_grid(traces.distributions(of)), _KEY, *_grid(drawings)])
             count = sum(len(rounds) for rounds in of.values())
             about = f"{level}: {sum(len(s.sent_s) for rounds in of.values() for s in rounds)} requests"
             about += f" in {count} loads" if count > 1 else ""

@@ -6,6 +6,7 @@ is killed, what has been measured lies there complete and can be read by anythin
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from llmopt.backends import load
 from llmopt.bench.metrics.figures import Level
+from llmopt.bench.metrics.records import Record
 
 if TYPE_CHECKING:
     from types import ModuleType, TracebackType
@@ -78,6 +80,7 @@ def _schema() -> Any:
             ("subject", pa.string()),
             ("level", pa.string()),
             ("round", pa.int32()),
+            ("counted", pa.bool_()),  # answered, and sent inside the window: the latencies are of these
             ("prompt", pa.int64()),
             ("turn", pa.int32()),
             ("target", pa.int32()),
@@ -111,6 +114,7 @@ def _table(level: Level) -> Any:
         "subject": [level.subject] * size,
         "level": [level.load.label] * size,
         "round": [level.round] * size,
+        "counted": [_counted(level, record) for record in records],
         **{
             name: [getattr(record, name) for record in records]
             for name in schema.names
@@ -130,57 +134,86 @@ def _table(level: Level) -> Any:
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
+def _counted(level: Level, record: Record) -> bool:
+    if record.failure is not None or not len(record.stamps_ns):
+        return False
+    begin_ns, end_ns = level.window_ns or (-math.inf, math.inf)
+    return begin_ns <= record.sent_ns - level.started_ns < end_ns
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """The requests of one subject at one level in one round, by their sending. NaN where a request has no such time."""
+class Rows:
+    """The requests of one subject under one load in one round, by their sending. NaN where one has no such time."""
 
     subject: str
     level: str
     round: int
     sent_s: Floats  # since the level's start
-    due_s: Floats  # before its sending, 0 or less
-    end_s: Floats  # from its sending
-    ttft_ms: Floats
+    due_s: Floats  # since its sending: 0 or less
+    end_s: Floats  # since its sending
+    first_s: Floats  # since its sending
     failed: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
     tokens: Floats
     ends: NDArray[np.int64]  # of each request's chunks among `chunks_s`
-    chunks_s: Floats  # from its sending, all requests behind one another
+    chunks_s: Floats  # since its sending, all requests behind one another
 
-    def gaps_ms(self) -> Floats:
-        """Between successive chunks of the answered requests."""
-        gaps = np.diff(self.chunks_s) * 1e3
-        inner = np.ones(len(gaps), bool)
-        inner[self.ends[(self.ends > 0) & (self.ends < len(self.chunks_s))] - 1] = False
-        owner = np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
-        return gaps[inner & ~self.failed[owner[:-1]]] if len(gaps) else gaps
+    def __len__(self) -> int:
+        return len(self.sent_s)
 
-    def answered_ttft_ms(self) -> Floats:
-        return self.ttft_ms[~self.failed & ~np.isnan(self.ttft_ms)]
+    @property
+    def scheduled(self) -> bool:
+        return len(self) > 0 and not np.isnan(self.due_s).any()
+
+    def times_ms(self) -> dict[str, Floats]:
+        """Of the counted requests, by the names that a summary has for them."""
+        some = self.counted
+        last_s = self.chunks_s[self.ends[some] - 1]
+        spoken = self.tokens[some] > 1
+        decode_s = (last_s - self.first_s[some])[spoken]
+        found = {
+            "ttft_ms": self.first_s[some] * 1e3,
+            "tpot_ms": decode_s * 1e3 / (self.tokens[some][spoken] - 1),
+            "e2e_ms": last_s * 1e3,
+            "itl_ms": self._gaps_ms(),
+        }
+        return found | ({"ttft_scheduled_ms": (self.first_s - self.due_s)[some] * 1e3} if self.scheduled else {})
+
+    def _gaps_ms(self) -> Floats:
+        owner = self.owners()
+        gaps_ms = np.diff(self.chunks_s) * 1e3
+        inner = (owner[1:] == owner[:-1]) & self.counted[owner[1:]]
+        return np.asarray(gaps_ms[inner])
+
+    def owners(self) -> NDArray[np.int64]:
+        """The request of each chunk."""
+        return np.repeat(np.arange(len(self)), np.diff(self.ends, prepend=0))
 
 
-def read(out: Path) -> list[Sample]:
-    """The samples in the order of their measurement; none where there is no file."""
+def read(out: Path) -> list[Rows]:
+    """The measured in the order of their measurement; none where there is no file."""
     if not (out / REQUESTS).exists():
         return []
     file = _parquet().ParquetFile(out / REQUESTS)
     tables = (file.read_row_group(number) for number in range(file.num_row_groups))
-    return [_sample(table) for table in tables if table.num_rows]
+    return [_rows(table) for table in tables if table.num_rows]
 
 
-def _sample(table: Any) -> Sample:
+def _rows(table: Any) -> Rows:
     table = table.sort_by("sent_us")
     lists = table["chunks_us"].combine_chunks()
     counts = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     completion = _floats(table, "completion_tokens")
-    return Sample(
+    return Rows(
         subject=table["subject"][0].as_py(),
         level=table["level"][0].as_py(),
         round=table["round"][0].as_py(),
         sent_s=_floats(table, "sent_us") / 1e6,
         due_s=_floats(table, "due_us") / 1e6,
         end_s=_floats(table, "end_us") / 1e6,
-        ttft_ms=_floats(table, "first_us") / 1e3,
+        first_s=_floats(table, "first_us") / 1e6,
         failed=table["error"].is_valid().to_numpy(),
+        counted=table["counted"].to_numpy(),
         tokens=np.where(np.isnan(completion), counts, completion),
         ends=np.cumsum(counts, dtype=np.int64),
         chunks_s=lists.flatten().to_numpy(zero_copy_only=False) / 1e6,
@@ -192,9 +225,9 @@ def _floats(table: Any, name: str) -> Floats:
     return values
 
 
-def grouped(samples: Iterable[Sample]) -> Iterator[tuple[tuple[str, str], list[Sample]]]:
+def grouped(measured: Iterable[Rows]) -> Iterator[tuple[tuple[str, str], list[Rows]]]:
     """The rounds of each subject and level, in the order of the first."""
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.subject, sample.level), []).append(sample)
+    groups: dict[tuple[str, str], list[Rows]] = {}
+    for rows in measured:
+        groups.setdefault((rows.subject, rows.level), []).append(rows)
     yield from groups.items()

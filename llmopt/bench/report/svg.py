@@ -24,7 +24,7 @@ Scale = Literal["linear", "log", "percentile"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """From values to pixels. On a `percentile` axis the tail is stretched: 90, 99 and 99.9 are as far apart."""
+    """From values to pixels. On a `percentile` axis the tail is stretched: from 90 to 99 it is as far as to 99.9."""
 
     low: float
     high: float
@@ -43,7 +43,9 @@ class Axis:
 def _stretched(value: float, scale: Scale) -> float:
     if scale == "log":
         return math.log10(max(value, 1e-12))
-    return -math.log10(max(1 - value / 100, 1e-9)) if scale == "percentile" else value
+    if scale == "percentile":
+        return value / 50 if value <= 50 else 1 + math.log10(0.5 / max(1 - value / 100, 1e-9))
+    return value
 
 
 def linear(values: Iterable[float], start: float, end: float, *, zero: bool = True) -> Axis:
@@ -124,7 +126,7 @@ def mark(x: float, y: float, style: int, title: str = "", *, size: float = 4.2) 
 def legend(names: Sequence[str], x: float, y: float) -> Iterator[str]:
     """From the right end, in one row."""
     for style in reversed(range(len(names))):
-        x -= 6.6 * len(names[style]) + 20
+        x -= 7.6 * len(names[style]) + 20
         yield mark(x + 6, y - 4, style)
         yield f'<text class="tick" x="{x + 14:.1f}" y="{y}">{escape(names[style])}</text>'
 
@@ -138,10 +140,10 @@ def figure(title: str, description: str, parts: Iterable[str], *, height: float,
 
 
 def quantiles(values: np.ndarray, axis: Axis, points: int = 90) -> list[tuple[float, float]]:
-    """(percent, value) at places that are even on a percentile axis; few values are all there is between."""
-    stretched = np.linspace(0, _stretched(axis.high, "percentile"), points)
-    shares = np.clip(1 - 10.0**-stretched, 0, 1)
-    shares = shares[shares <= 1 - 1 / max(len(values), 1)] if len(values) > 1 else shares[:1]
+    """(percent, value) at places that are even on a percentile axis, as far as so many values tell."""
+    places = np.linspace(0, _stretched(axis.high, "percentile"), points)
+    shares = np.where(places <= 1, places / 2, 1 - 0.5 * 10.0 ** (1 - places))
+    shares = shares[shares <= 1 - 1 / max(len(values), 2)]
     found = np.quantile(values, shares)
     return [(100 * float(share), float(value)) for share, value in zip(shares, found, strict=True)]
 

@@ -12,12 +12,18 @@ Outcome = Literal["passed", "failed", "inconclusive", "invalid"]
 #: How a figure is called, and its unit.
 NAMES: Mapping[str, tuple[str, str]] = {
     "ttft_ms": ("TTFT", "ms"),
+    "ttft_scheduled_ms": ("TTFT from schedule", "ms"),
+    "e2e_scheduled_ms": ("E2E from schedule", "ms"),
     "answer_ms": ("first answer token", "ms"),
     "itl_ms": ("ITL", "ms"),
     "itl_request_mean_ms": ("ITL, mean of a request", "ms"),
     "tpot_ms": ("TPOT", "ms"),
     "e2e_ms": ("E2E", "ms"),
     "tokens_per_s": ("tokens/s", ""),
+    "total_tokens_per_s": ("tokens/s with prompts", ""),
+    "steady_tokens_per_s": ("steady tokens/s", ""),
+    "peak_tokens_per_s": ("peak tokens/s", ""),
+    "joules_per_token": ("J/token", ""),
     "requests_per_s": ("requests/s", ""),
     "goodput_per_s": ("goodput", "requests/s"),
     "goodput_share": ("goodput", "share"),
@@ -151,6 +157,11 @@ def number(value: Any) -> str:
     return f"{value:.{digits}f}"
 
 
+def told(name: str, value: Any) -> str:
+    """A figure as a table shows it: shares in percent."""
+    return f"{100 * value:.1f} %" if name.endswith("_share") and isinstance(value, int | float) else number(value)
+
+
 def figure(summary: Mapping[str, Any], name: str) -> Any:
     """A figure of a summary by its compact name, as `ttft_ms_p99` or `tokens_per_s`; None where there is none."""
     base, _, statistic = name.rpartition("_")
@@ -159,6 +170,15 @@ def figure(summary: Mapping[str, Any], name: str) -> Any:
         return spread.get(statistic)
     value = summary.get(name)
     return sum(value.values()) if isinstance(value, Mapping) and name == "errors" else value
+
+
+def interval(summary: Mapping[str, Any], name: str) -> Sequence[float] | None:
+    """The confidence interval of a figure; None where the report has none."""
+    base, _, statistic = name.rpartition("_")
+    spread = summary.get(base)
+    known = spread.get("ci95") if isinstance(spread, Mapping) else None
+    found: Sequence[float] | None = known.get(statistic) if isinstance(known, Mapping) else None
+    return found
 
 
 def levels(report: Report) -> list[tuple[str, str, Mapping[str, Any]]]:

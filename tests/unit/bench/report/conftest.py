@@ -7,21 +7,25 @@ that the writers are tested against figures that fit their requests.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace as Level
-from types import SimpleNamespace as Record
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmopt.bench.client.base import Failure
+from llmopt.bench.metrics.figures import CONVENTIONS, Level, LoadShape, compact, summarise
+from llmopt.bench.metrics.records import Record
+
 ARTIFACT = "sha256:" + "3f" * 32
 Json = dict[str, Any]
 
 
-def levels(*, streams: Sequence[int] = (1, 4, 16, 32), rounds: int = 3, requests: int = 48, seed: int = 7) -> list[Any]:
+def levels(
+    *, streams: Sequence[int] = (1, 4, 16, 32), rounds: int = 3, requests: int = 48, seed: int = 7
+) -> list[Level]:
     """Of a candidate and a baseline that is 8 % slower; some requests of the most loaded level fail."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
     found = []
     for number in range(rounds):
         noise = rng.normal(1.0, 0.04)
@@ -32,7 +36,7 @@ def levels(*, streams: Sequence[int] = (1, 4, 16, 32), rounds: int = 3, requests
     return found
 
 
-def closed(rng: np.random.Generator, subject: str, streams: int, number: int, *, requests: int, slow: float) -> Any:
+def closed(rng: np.random.Generator, subject: str, streams: int, number: int, *, requests: int, slow: float) -> Level:
     """A closed loop against eight slots: with more streams than those, requests wait."""
     started_ns = 5_000_000_000 * (number + 1)
     free_ns = [started_ns + 1000 * stream for stream in range(streams)]
@@ -56,17 +60,18 @@ def closed(rng: np.random.Generator, subject: str, streams: int, number: int, *,
                 prompt=prompt, turn=0, target=0, status=200, due_ns=None, sent_ns=sent_ns, end_ns=free_ns[stream],
                 stamps_ns=stamps, answer_ns=first_ns, prompt_tokens=128, cached_tokens=0,
                 completion_tokens=None if failed else 32, wanted_tokens=32, finish=None if failed else "length",
-                streamed=True, failure=Record(kind="cut", detail="ended in mid-token") if failed else None,
+                streamed=True, failure=Failure("cut", "ended in mid-token") if failed else None,
             )
         )  # fmt: skip
     end_ns = max(record.end_ns for record in records)
     return Level(
-        subject=subject, load=Level(streams=streams, rate=None, label=f"c{streams}"), round=number,
+        subject=subject, load=LoadShape(streams=streams, label=f"c{streams}"), round=number,
         records=tuple(records), started_ns=started_ns, wall_s=(end_ns - started_ns) / 1e9, cpu_s=0.02,
+        lags_ms=(0.02, 0.05),
     )  # fmt: skip
 
 
-def report(measured: Sequence[Any] | None = None, **changes: Any) -> Json:
+def report(measured: Sequence[Level] | None = None, **changes: Any) -> Json:
     """What `levels()` comes to, with a gate; keys can be replaced."""
     found: Json = {}
     for level in levels() if measured is None else measured:
@@ -93,10 +98,7 @@ def report(measured: Sequence[Any] | None = None, **changes: Any) -> Json:
             "clock": {"source": "tsc", "resolution_ns": 1}, "limits": {"container": True, "cpus": 1.5},
             "versions": {"llmopt": "0.4.0", "python": "CPython 3.12.1"},
         },
-        "conventions": {
-            "ttft_ms": "from just before the request is written to the first chunk with text",
-            "itl_ms": "every gap between successive chunks with text, all requests together",
-        },
+        "conventions": dict(CONVENTIONS),
     } | changes  # fmt: skip
 
 
@@ -143,48 +145,13 @@ def gate(verdict: str = "fail") -> Json:
     }  # fmt: skip
 
 
-def summary(group: Sequence[Any]) -> Json:
-    found = _figures(group)
-    return found | {"rounds": [{"round": level.round, **_compact(_figures([level]))} for level in group]}
-
-
-def _figures(group: Sequence[Any]) -> Json:
-    records = [record for level in group for record in level.records]
-    answered = [record for record in records if record.failure is None]
-    wall_s = sum(level.wall_s for level in group)
-    stamps = [np.array(record.stamps_ns) for record in answered]
-    times = {
-        "ttft_ms": [(s[0] - r.sent_ns) / 1e6 for s, r in zip(stamps, answered, strict=True)],
-        "itl_ms": np.concatenate([np.diff(s) / 1e6 for s in stamps]),
-        "tpot_ms": [(s[-1] - s[0]) / 1e6 / (len(s) - 1) for s in stamps],
-        "e2e_ms": [(s[-1] - r.sent_ns) / 1e6 for s, r in zip(stamps, answered, strict=True)],
-    }
-    return {
-        "requests": len(records), "answered": len(answered),
-        "errors": {"cut": len(records) - len(answered)} if len(records) > len(answered) else {},
-        "wall_s": wall_s, "requests_per_s": len(answered) / wall_s, "tokens_per_s": 32 * len(answered) / wall_s,
-        "tokens": 32 * len(answered), "prompt_tokens": 128.0, "goodput_share": 0.97, "goodput_per_s": 1.0,
-        **{name: _spread(values) for name, values in times.items()},
-    }  # fmt: skip
-
-
-def _spread(values: Any) -> Json:
-    found = {f"p{percent}": float(np.percentile(values, percent)) for percent in (50, 90, 95, 99, 99.9)}
-    return {"count": len(values), "mean": float(np.mean(values)), "std": float(np.std(values)), **found}
-
-
-def _compact(figures: Mapping[str, Any]) -> Json:
-    flat = {
-        f"{name}_{statistic}": figures[name][statistic]
-        for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
-        for statistic in ("p50", "p99")
-    }
-    rates = {name: figures[name] for name in ("tokens_per_s", "requests_per_s", "requests")}
-    return flat | rates | {"errors": sum(figures["errors"].values())}
+def summary(group: Sequence[Level]) -> Json:
+    found: Json = summarise(group, {"ttft_ms": 400.0})
+    return found | {"rounds": [{"round": level.round, **compact(summarise([level]))} for level in group]}
 
 
 @pytest.fixture
-def make_levels() -> Callable[..., list[Any]]:
+def make_levels() -> Callable[..., list[Level]]:
     return levels
 
 
