@@ -135,6 +135,7 @@ class Driver(Generic[R]):
             if now >= next_ns:
                 next_ns = now + _WATCH_NS
                 self._watch(self._state(now - started_ns))
+        self._watch(self._state(monotonic_ns() - started_ns))
 
     def _turn(self, until_ns: int | None = None) -> None:
         """Wait until something is to be done, and do it."""

@@ -11,7 +11,8 @@ ANCILLARY_BYTES = 64  # room for one stamp
 
 _SO_TIMESTAMPNS = 35  # on x86 and Arm; Python's socket module has no name for it
 _LAG_SAMPLES = 20_000
-_HELD_UP_NS = 5_000
+_AT_ONCE_NS = 1_000  # two readings that are further apart had something between them
+_TRIES = 5
 
 
 def ask_kernel(sock: socket.socket) -> None:
@@ -25,8 +26,8 @@ def ask_kernel(sock: socket.socket) -> None:
 class Stamps:
     """Stamps of receives: the kernel's where there is one, else of the moment of reading.
 
-    The kernel stamps by the wall clock. `look` sets the two clocks against each other before each batch of receives,
-    since the wall clock may be moved.
+    The kernel stamps by the wall clock, and that may be moved: `look` sets the two clocks against each other before
+    each batch of receives, and keeps the last comparison where the processor was taken from us between two readings.
     """
 
     def __init__(self, kernel: bool) -> None:
@@ -51,11 +52,15 @@ class Stamps:
         return [lag / 1e6 for lag in self._lags_ns]
 
     def look(self) -> None:
-        before = monotonic_ns()
-        wall = time.time_ns()
-        self._woken_ns = after = monotonic_ns()
-        if after - before < _HELD_UP_NS or not self._offset_ns:  # else we were off the processor between the two
-            self._offset_ns = wall - before
+        for _ in range(_TRIES):
+            before = monotonic_ns()
+            wall = time.time_ns()
+            self._woken_ns = after = monotonic_ns()
+            if after - before < _AT_ONCE_NS:
+                self._offset_ns = wall - (before + after) // 2
+                return
+        if not self._offset_ns:
+            self._offset_ns = wall - after
 
     def of(self, ancillary: list[tuple[int, int, bytes]], sent_ns: int) -> int:
         """The stamp of what `recvmsg` has just brought for a request that was sent at `sent_ns`."""
