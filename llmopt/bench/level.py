@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from llmopt.artifacts.outcome import Progress
+from llmopt.artifacts.outcome import Json, Progress
 from llmopt.bench import preflight
 from llmopt.bench.client import workers
 from llmopt.bench.client.base import Interrupted, Load, Plan, Target, Watch
@@ -50,6 +51,12 @@ class Served:
     urls: tuple[str, ...]
     server: Server | None = None
     direct: Path | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this machine, so that what the machine tells is about it."""
+        hosts = (urlsplit(url).hostname or "" for url in self.urls)
+        return all(host == "localhost" or host.startswith("127.") or host == "::1" for host in hosts)
 
 
 def prepare(settings: BenchSettings, load: LoadShape, source: Source, seed: int) -> Work:
@@ -119,15 +126,16 @@ class Loader:
             self.progress(f"one core was not enough ({share:.0%}): again with {self.processes} processes of the client")
 
     def _measure(self, served: Served, work: Work, number: int) -> Level:
+        from llmopt.bench.metrics import telemetry
         from llmopt.bench.metrics.figures import Level
-        from llmopt.bench.metrics.telemetry import watching
 
-        about = {"stage": "load", "subject": served.subject.name, "load": work.load.label, "round": number}
+        about: dict[str, Json] = {"stage": "load", "subject": served.subject.name, "load": work.load.label}
 
         def watch(now: Watch) -> None:
             self.progress(
                 "",
                 **about,
+                round=number,
                 seconds=round(now.elapsed_s, 3),
                 in_flight=now.in_flight,
                 ended=now.ended,
@@ -150,15 +158,16 @@ class Loader:
                 stamps=load.stamps,
                 processes=load.processes,
                 window_ns=self._window_ns(load),
-                server=telemetry.figures(),
+                server=told.result(),
             )
 
         plan = self._plan(served, work.measured, work.load.streams, work)
-        with watching(served.urls, self.headers) as telemetry:
-            try:
+        urls = [telemetry.metrics_url(url, self.settings.endpoint) for url in served.urls]
+        try:
+            with telemetry.watching(urls, machine=served.is_here, headers=plan.targets[0].headers) as told:
                 load = self._drive(served, plan, watch)
-            except Interrupted as interrupted:
-                raise PartialLevel(level(interrupted.load)) from None
+        except Interrupted as interrupted:
+            raise PartialLevel(level(interrupted.load)) from None
         return level(load)
 
     def _drive(self, served: Served, plan: Plan, watch: Callable[[Watch], None] | None) -> Load[Record]:

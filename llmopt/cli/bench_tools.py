@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import bench as load
 from llmopt.cli import options as opt
 from llmopt.errors import Exit
+
+if TYPE_CHECKING:
+    from llmopt.pipeline.history import Report
 
 
 def selftest(
@@ -134,14 +137,17 @@ def history(
         lines.append(f"{one.level} {one.metric}: {len(one.values)} reports, {first} to {last}, now {one.values[-1]:g}")
         for change in one.changes:
             at = one.reports[change.index]
-            day = time.strftime("%Y-%m-%d", time.localtime(at.created_s))
             lines.append(
-                f"  {change.change:+.1%} from {at.artifact[:19]} of {day} on: {change.before:.4g} -> {change.after:.4g}"
+                f"  {change.change:+.1%} from {at.artifact[:19]} of {_day(at)} on: {change.before:.4g} -> {change.after:.4g}"
             )
         if not one.changes:
             lines.append("  no change")
     session.console.result("\n".join(lines), {"reports": len(found), "series": [one.to_json() for one in series]})
     return int(Exit.OK)
+
+
+def _day(report: Report) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(report.created_s))
 
 
 def import_(

@@ -53,7 +53,7 @@ class Forms:
         for form, file in self._files.items():
             files.copy(folder, form, file)
         if os.environ.get("GITHUB_ACTIONS") == "true":
-            for line in markdown.annotations(read_report(folder)):
+            for line in markdown.workflow_commands(read_report(folder)):
                 print(line, file=sys.stderr, flush=True)
         step = os.environ.get("GITHUB_STEP_SUMMARY")
         if step:

@@ -13,6 +13,7 @@ from llmopt.artifacts.outcome import Json
 from llmopt.bench.metrics.intervals import PERCENTILES, spread
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.sample import REQUEST_TIMES, Sample, gaps_of
+from llmopt.bench.metrics.telemetry import merged
 from llmopt.bench.settings import LoadShape
 
 CONVENTIONS: Mapping[str, str] = {
@@ -109,6 +110,7 @@ def summarise(levels: Sequence[Level], slo: Mapping[str, float] | None = None) -
         **_times(samples),
         **_tokens(samples),
         **_client(levels),
+        "server": merged([level.server for level in levels]),
     }
 
 

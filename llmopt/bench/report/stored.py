@@ -32,7 +32,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def rounds_of(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """level -> figure -> baseline and candidate, one value a round, of the figures that are gated where none is named."""
+    """level -> figure -> baseline and candidate, one value a round, of the figures that a gate takes by default."""
     sides = [report["results"].get(name, {}) for name in ("baseline", "candidate")]
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for level in sides[1]:
