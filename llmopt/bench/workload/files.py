@@ -103,7 +103,8 @@ def read(file: Path) -> Texts | Trace:
     except OSError as error:
         raise LlmoptError(f"`{file}` cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise LlmoptError(f"{file.name} is not UTF-8: {error.reason} at byte {error.start}") from None
+        message = f"{file.name} is not UTF-8: {error.reason} at byte {error.start}"
+        raise LlmoptError(message, hint="save it as plain UTF-8 text") from None
     if not (len(found) if isinstance(found, Trace) else found.dialogues):
         raise LlmoptError(f"{file.name} has no request in it", hint="check that it is the right file")
     return found
@@ -240,7 +241,8 @@ def _read_csv(file: Path) -> Trace:
                 request = Request(dialect.seconds(row[at]), int(row[prompt]), int(row[output]))
             except (TypeError, ValueError):
                 given = ", ".join(str(row[column]) for column in dialect.columns)
-                raise LlmoptError(f"{place}: not a time and two numbers of tokens: `{given}`") from None
+                message = f"{place}: not a time and two numbers of tokens: `{given}`"
+                raise LlmoptError(message, hint="correct the row, or leave it out") from None
             if min(request[:3]) < 0 or not math.isfinite(request.at_s):
                 raise LlmoptError(f"{place}: a time or a number of tokens is below 0", hint="check the row")
             trace.add(request)

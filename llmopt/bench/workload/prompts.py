@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +40,7 @@ class Cutter:
     """
 
     def __init__(self, tokenizer: Path | None, *, seed: int, text: str | None = None) -> None:
-        self._text = HELDOUT_TEXT.read_text(encoding="utf-8") if text is None else text
+        self._text = _heldout() if text is None else text
         self._tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
         self._words = _words(self._text)
         self._starts = _shuffled(self._words, seed)
@@ -93,12 +93,12 @@ class Cutter:
             return -(-len(text) // CHARACTERS_PER_TOKEN)
         return len(self._ids(text, special=special))
 
-    def leading(self) -> int:
-        """How many special tokens the tokenizer puts before a text."""
+    def special_tokens(self) -> tuple[int, int]:
+        """How many special tokens the tokenizer puts before a text, and how many behind it."""
         if self._tokenizer is None:
-            return 0
-        mask = self._tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
-        return mask.index(0) if 0 in mask else 0
+            return 0, 0
+        before = self._tokenizer.encode("a", add_special_tokens=True).special_tokens_mask.index(0)
+        return before, self._tokenizer.num_special_tokens_to_add(False) - before
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return [] if self._tokenizer is None else self._tokenizer.encode(text, add_special_tokens=special).ids
@@ -120,7 +120,7 @@ class Cutter:
         text = window.lead + self._from(window.start, _CHARACTERS_SEEN * last + 64)
         ends = [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
         for _ in range(_ENDS):
-            if not 1 <= last <= len(ends):
+            if not 1 <= last <= len(ends) or not ends[last - 1]:
                 return None
             ids = self._ids(window.after + text[: ends[last - 1]], special=special)
             if len(ids) == tokens:
@@ -173,13 +173,19 @@ def _begins(ids: list[int], before: list[int]) -> bool:
     return ids[: len(before)] == before or (ids[: len(before) - 1] == before[:-1] and ids[-1:] == before[-1:])
 
 
-def _words(text: str) -> list[int]:
+@cache
+def _heldout() -> str:
+    return HELDOUT_TEXT.read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=2)
+def _words(text: str) -> tuple[int, ...]:
     """The beginnings of words. Of those that begin the same text only one is taken: their slices would share it."""
     words = [0, *(match.end() for match in re.finditer(r"\s+(?=\S)", text))]
-    return list({text[start : start + 24]: start for start in words}.values())
+    return tuple({text[start : start + 24]: start for start in words}.values())
 
 
-def _shuffled(words: list[int], seed: int) -> Iterator[int]:
+def _shuffled(words: tuple[int, ...], seed: int) -> Iterator[int]:
     """Words in random order, without end; all of them before any comes again."""
     order = list(words)
     rng = random.Random(seed)

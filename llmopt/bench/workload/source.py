@@ -16,6 +16,7 @@ from llmopt.bench.workload.spec import Length, Workload, draw_s, draw_tokens
 from llmopt.errors import LlmoptError
 
 _LEAST_DRAWN_TOKENS = 8  # of a prompt whose length is drawn: the special tokens must fit in
+_SPARE_TOKENS = 16  # by which a prompt of a trace may be longer than there, where it cannot be as long
 _BLOCKS_KEPT = 4096  # texts of blocks of a trace, the least used go first
 
 
@@ -94,7 +95,7 @@ class _Maker:
         self._templated = templated
         self._rng = random.Random(f"lengths {seed}")
         self._prefixes: dict[int, tuple[str, int]] = {}
-        self._leading = 0 if templated else cutter.leading()
+        self._leading = 0 if templated else cutter.special_tokens()[0]
 
     def all(self) -> Iterator[Conversation]:
         return map(self._one, count())
@@ -150,7 +151,7 @@ class _Replay:
         self._cutter = cutter
         self._seed = seed
         self._special = special
-        self._least = 1 + (cutter.leading() if special else 0)
+        self._special_tokens = sum(cutter.special_tokens()) if special else 0
         self._block = lru_cache(_BLOCKS_KEPT)(self._full_block)
 
     def all(self) -> Iterator[Conversation]:
@@ -166,18 +167,20 @@ class _Replay:
             yield Conversation(number=number, turns=(turn,), at_s=request.at_s)
 
     def _prompt(self, number: int, request: Request) -> tuple[str, int]:
-        """Its blocks, the last of which is cut so that the whole has the tokens of the request; and how many it has."""
-        full, tokens = request.blocks[:-1], max(request.prompt_tokens, self._least)
+        """Its blocks, the last of which is cut so that the whole has the tokens of the request; and how many it has.
+
+        These are a few more where so few do not hold the special tokens, or where blocks meet in a token more.
+        """
+        full = request.blocks[:-1]
         name = f"{self._seed}-{request.blocks[-1]}" if request.blocks else f"{self._seed}-r{number}"
         before = "".join(self._block(block, i == 0) for i, block in enumerate(full))
-        before_tokens = len(full) * MOONCAKE_BLOCK_TOKENS + (self._least - 1 if full else 0)
-        last = self._cutter.cut_named(name, tokens, special=self._special, after=before, after_tokens=before_tokens)
-        if last is not None:
-            return before + last, tokens
-        if not before:
-            message = f"request {number} of the trace: no text has exactly {tokens} tokens with this tokenizer"
-            raise LlmoptError(message, hint="leave it out, or use another tokenizer")
-        return before, self._cutter.count(before, special=self._special)  # its blocks are a little too long already
+        before_tokens = len(full) * MOONCAKE_BLOCK_TOKENS + self._special_tokens
+        for tokens in range(request.prompt_tokens, request.prompt_tokens + _SPARE_TOKENS):
+            last = self._cutter.cut_named(name, tokens, special=self._special, after=before, after_tokens=before_tokens)
+            if last is not None:
+                return before + last, tokens
+        message = f"request {number} of the trace: no text has {request.prompt_tokens} tokens with this tokenizer"
+        raise LlmoptError(message, hint="leave it out, or use another tokenizer")
 
     def _full_block(self, block: int, first: bool) -> str:
         name = f"{self._seed}-{block}"

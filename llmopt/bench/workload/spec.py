@@ -99,7 +99,7 @@ class Workload:
         prefix, first, later = (_most(part) for part in parts)
         turns, output = _most(self.turns), _most(self.output_tokens)
         longest = prefix + first + (turns - 1) * later + turns * output
-        return None if self.file is not None or longest == math.inf else round(longest)
+        return round(longest) if self.file is None and math.isfinite(longest) else None
 
 
 def shipped() -> tuple[str, ...]:
@@ -136,8 +136,9 @@ def resolve(
     if workload.file is None:
         defaults = replace(workload, output_tokens=workload.output_tokens or _OUTPUT_TOKENS, turns=workload.turns or 1)
         return replace(defaults, next_tokens=defaults.next_tokens or defaults.prompt_tokens)
+    plain = Workload()
     for name in ("prompt_tokens", "prefix_tokens", "prefixes", "next_tokens"):
-        if name in values:
+        if getattr(workload, name) != getattr(plain, name):
             message = f"`{name}` does not go with `{Path(workload.file).name}`, whose rows have their own length"
             raise SettingsError(message, hint=f"leave out `{name}` or the file")
     return workload
