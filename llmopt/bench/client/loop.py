@@ -25,7 +25,7 @@ from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps
 from llmopt.bench.client.store import Store
 from llmopt.bench.client.wire import MalformedError, Response
 
-_RECEIVE_BYTES = 32 * 1024
+_RECEIVE_BYTES = 16 * 1024
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
 _STALE_NS = 1_000_000_000  # a connection that was idle so long may be closed just when a request is sent

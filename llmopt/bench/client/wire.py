@@ -95,7 +95,11 @@ class Response:
         """Walk the framing of all that has come; True when the response is complete. Raises MalformedError."""
         raw, self._raw = self._raw, []
         for stamp_ns, data in raw:
-            self._walk(stamp_ns, data)
+            self._walked_bytes += len(data)
+            if self._state is not _State.CHUNK_SIZE or self._rest:
+                self._walk(stamp_ns, data)
+            elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
+                self._read_chunks(stamp_ns, data[at:])
         return self._state is _State.COMPLETE
 
     def closed(self) -> bool:
@@ -110,7 +114,6 @@ class Response:
         return b"".join(data for _, data in self.pieces)
 
     def _walk(self, stamp_ns: int, data: bytes) -> None:
-        self._walked_bytes += len(data)
         if self._state is _State.HEAD:
             data = self._read_heads(self._rest + data)
         if self._state is _State.LENGTH:
@@ -183,8 +186,6 @@ class Response:
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, size = 0, len(data)
-        if self._state is _State.CHUNK_SIZE:
-            at = self._read_whole_chunks(stamp_ns, data)
         while at < size:
             if self._state is _State.CHUNK_DATA:
                 piece = data[at : at + self._left]
@@ -203,14 +204,19 @@ class Response:
                     return
                 self._read_line(data[at:end])
                 at = end + 2
+                if self._state is _State.CHUNK_SIZE:
+                    at = self._read_whole_chunks(stamp_ns, data, at)
 
-    def _read_whole_chunks(self, stamp_ns: int, data: bytes) -> int:
-        """Nearly all chunks come whole; returns where those end that did."""
-        at = 0
-        while (end := data.find(b"\r\n", at)) >= 0:
+    def _read_whole_chunks(self, stamp_ns: int, data: bytes, at: int) -> int:
+        """Read the chunks from `at` on that have come whole, as nearly all do; returns where they end."""
+        size = len(data)
+        while at < size:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                break
             start = end + 2
             stop = start + _chunk_size(data[at:end])
-            if start == stop or data[stop : stop + 2] != b"\r\n":
+            if start == stop or not data.startswith(b"\r\n", stop):
                 break
             self.pieces.append((stamp_ns, data[start:stop]))
             at = stop + 2
@@ -263,8 +269,9 @@ def events(pieces: Sequence[Piece]) -> list[Piece]:
         while reached < end:
             stamp_ns, data = next(remaining)
             reached += len(data)
-        payload = _event_data(event)
-        if payload is not None:
+        if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:  # nearly every event
+            found.append((stamp_ns, event[6:]))
+        elif (payload := _event_data(event)) is not None:
             found.append((stamp_ns, payload))
     return found
 
@@ -290,7 +297,5 @@ def _cut_at_newlines(body: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _event_data(event: bytes) -> bytes | None:
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:  # nearly every event
-        return event[6:] if event[5:6] == b" " else event[5:]
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines) if lines else None
