@@ -180,7 +180,7 @@ class _Bench:
             with self._serve(subject) as served:
                 for work in works:
                     self.loader.warm_up(served, work)
-                    self._keep(served, self.loader.measure(served, work, number))
+                    self._keep(served, work, self.loader.measure(served, work, number))
 
     def _sweep(self, source: Source) -> None:
         """Loads of the one subject, each chosen by what those before it have shown."""
@@ -226,13 +226,18 @@ class _Bench:
             self.models[subject.name] = preflight.probe(server.url, (), self.settings)
             yield Served(subject=subject, model=self.models[subject.name], urls=(server.url,), server=server)
 
-    def _keep(self, served: Served, measured: Level) -> None:
+    def _keep(self, served: Served, work: level.Work, measured: Level) -> None:
         """Write the level down; raises MeasurementInvalidError if it is not valid."""
         from llmopt.bench.metrics import validity
 
         self.levels.append(measured)
         self.requests.append(measured)
         self._say(measured)
+        if work.repeat and sum(record.turn == 0 for record in measured.records) > len(work.measured):
+            self.notes.append(
+                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(work.measured)} requests; "
+                "a cache may have helped"
+            )
         server = served.server
         failed = any(record.failure is not None for record in measured.records)
         if server is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from llmopt.profiles.settings import build
 #: Keys of the section that are short for those of `workload`, each with the key there.
 WORKLOAD_KEYS = ("prompt_tokens", "output_tokens", "prefix_tokens", "prefixes", "turns", "think_s")
 GATE_ROUNDS = 12
+_NEXT_URL = re.compile(r",(?=\s*https?://)")  # a path may have commas of its own
 _LOOKS = 3  # of the gate: after `rounds`, twice and four times as many
 _OPEN_LOOP_S = 20.0  # how long an open loop lasts where nothing says it
 _FEWEST_ARRIVALS = 16
@@ -39,7 +41,7 @@ class Subject:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        return () if self.url is None else tuple(part.strip() for part in self.url.split(",") if part.strip())
+        return () if self.url is None else tuple(part.strip() for part in _NEXT_URL.split(self.url) if part.strip())
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -130,7 +132,9 @@ class BenchSettings:
         if self.in_process and (self.rate or self.sweep == "rate"):
             raise SettingsError("`in_process` runs a closed loop only", hint="give `concurrency`")
         for metric in self.gate_metrics:
-            names.better(metric)
+            base, percentile = names.split(metric)
+            if base in names.TIMES and percentile is None:
+                raise SettingsError(f"`{metric}` cannot be compared without a percentile", hint=f"write `{base}_p50`")
         slo.parse_all(self.slo)
         for header in self.headers:
             header_of(header)
