@@ -114,7 +114,8 @@ def _events(pieces: Sequence[Piece]) -> list[Piece]:
     """As `wire.events`; quicker where every piece is one event of one line, as nearly every server sends them."""
     found = []
     for stamp_ns, data in pieces:
-        if not data.startswith(b"data: ") or data.find(b"\n") != len(data) - 2 or b"\r" in data:
+        one_line = data.startswith(b"data: ") and data.endswith(b"\n\n") and data.find(b"\n") == len(data) - 2
+        if not one_line or b"\r" in data:
             return events(pieces)
         found.append((stamp_ns, data[6:-2]))
     return found

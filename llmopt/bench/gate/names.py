@@ -15,6 +15,9 @@ SHARES = {"goodput_share": "higher", "error_share": "lower"}
 COUNTS = ("errors",)
 PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9", "mean")
 
+# What is compared where nobody says: the start, the stream, the whole, the rate.
+GATED = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "tokens_per_s")
+
 _SCALARS: dict[str, Better] = {
     **dict.fromkeys(RATES, "higher"),
     "goodput_share": "higher",
@@ -32,15 +35,16 @@ def names() -> list[str]:
 def split(figure: str) -> tuple[str, str | None]:
     """`ttft_ms_p99` or `ttft_p99_ms` is (`ttft_ms`, `p99`), a rate (its name, None); else a `SettingsError`."""
     words = figure.strip().lower().split("_")
-    percentile = next((word for word in words if word in PERCENTILES), None)
-    rest = "_".join(word for word in words if word != percentile)
-    for metric in (rest, f"{rest}_ms"):
-        if metric in TIMES:
+    for at in range(len(words), -1, -1):  # with no word taken out first
+        percentile = words[at] if at < len(words) else None
+        rest = "_".join(words[:at] + words[at + 1 :])
+        metric = rest if rest in TIMES else f"{rest}_ms"
+        if metric in TIMES and (percentile is None or percentile in PERCENTILES):
             return metric, percentile
-    if percentile is None and rest in _SCALARS:
-        return rest, None
+        if percentile is None and rest in _SCALARS:
+            return rest, None
     other = next((word for word in words if word[:1] == "p" and word[1:2].isdigit()), None)
-    if other is not None and percentile is None:
+    if other is not None and other not in PERCENTILES:
         known = ", ".join(f"`{name}`" for name in PERCENTILES)
         raise SettingsError(f"`{figure}`: reports have no `{other}`", hint=f"take one of {known}")
     raise SettingsError(f"there is no figure `{figure}`", hint=nearest(figure, [*names(), *TIMES]))

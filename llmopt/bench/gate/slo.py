@@ -131,7 +131,7 @@ def _in_unit(text: str, metric: str, number: str, unit: str | None) -> float:
     units = ("%",) if share else ("ms", "s") if metric in TIMES else ()
     if unit is not None and unit not in units:
         raise SettingsError(f"`{text}`: `{metric}` is not measured in `{unit}`", hint=_EXAMPLES)
-    limit *= {"s": 1000.0, "%": 0.01}.get(unit or "", 1.0)
+    limit = limit * 1000 if unit == "s" else limit / 100 if unit == "%" else limit
     if limit < 0 or (share and limit > 1):
         top = " to 1 (or 0 % to 100 %)" if share else ""
         raise SettingsError(f"`{text}`: no `{metric}` can be `{number}`", hint=f"give a number from 0{top}")

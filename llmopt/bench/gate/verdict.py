@@ -102,13 +102,15 @@ def judge(
     look: int = 0,
     looks: Sequence[int] = (),
     seed: int = 0,
+    draws: int = 4000,
 ) -> Judgement:
     """Compare interleaved rounds: `rounds[level][metric]` are baseline and candidate, round by round.
 
     `metrics` None: all that there are. `look` counts from 0 in `looks`, the numbers of rounds at which the gate is or
-    may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail over all looks and figures.
+    may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail over all looks and figures;
+    `draws` is the size of the bootstrap.
     """
-    _check(margin, alpha)
+    check(margin, alpha)
     chosen = [
         (level, metric, *_floats(figures[metric]))
         for level, figures in rounds.items()
@@ -118,15 +120,15 @@ def judge(
         raise SettingsError("there is nothing to compare", hint="name a figure that the report has, as `ttft_ms_p50`")
     plan = tuple(looks) or (max(len(base) for _, _, base, _ in chosen),)
     found = [
-        _compare(level, metric, base, cand, margin=margin, alpha=alpha, look=look, looks=plan, seed=seed)
+        _compare(level, metric, base, cand, margin=margin, alpha=alpha, look=look, looks=plan, seed=seed, draws=draws)
         for level, metric, base, cand in chosen
     ]
     return Judgement(
-        verdict=overall(adjusted := _adjusted(found, alpha)),
+        verdict=overall(comparisons := settled(found, alpha)),
         margin=margin,
         alpha=alpha,
         looks=plan,
-        comparisons=adjusted,
+        comparisons=comparisons,
     )
 
 
@@ -161,10 +163,26 @@ def _compare(
     look: int,
     looks: tuple[int, ...],
     seed: int,
+    draws: int,
 ) -> Comparison:
-    """One figure before Holm: its verdict is what it would be with p alone in the world; `_adjusted` settles it."""
+    """One figure before Holm: its verdict is what it would be if no other were compared; `settled` has the rest."""
     count = len(base)
-    nothing = Comparison(
+    nothing = unknown(level, metric, rounds=count, margin=margin)
+    if count and min(*base, *cand) <= 0:
+        return replace(nothing, reason="a round has the value 0, and 0 has no ratio")
+    if count < LEAST_ROUNDS:
+        return replace(
+            nothing, reason=f"{count} rounds cannot tell, {LEAST_ROUNDS} are the least and {LOOKS[0]} advised"
+        )
+    d = log_ratios(base, cand, metric)
+    low, high = statistics.bootstrap(d, statistics.nominal(looks, look, alpha), seed, draws)
+    p = statistics.overall_p(statistics.sign_flip_p(d), looks, look)
+    return decided(nothing, float(statistics.hodges_lehmann(d)), low, high, p)
+
+
+def unknown(level: str, metric: str, *, rounds: int, margin: float, reason: str = "") -> Comparison:
+    """A comparison of which nothing is known yet."""
+    return Comparison(
         level=level,
         metric=metric,
         better=better(metric),
@@ -173,40 +191,34 @@ def _compare(
         high=None,
         p=None,
         p_adjusted=None,
-        rounds=count,
+        rounds=rounds,
         margin=margin,
         verdict="inconclusive",
-        reason="",
+        reason=reason,
     )
-    if count and min(*base, *cand) <= 0:
-        return replace(nothing, reason="a round has the value 0, and 0 has no ratio")
-    if count < LEAST_ROUNDS:
-        return replace(
-            nothing, reason=f"{count} rounds cannot tell, {LEAST_ROUNDS} are the least and {LOOKS[0]} advised"
-        )
-    d = log_ratios(base, cand, metric)
-    estimate = float(statistics.hodges_lehmann(d))
-    low, high = statistics.bootstrap(d, statistics.nominal(looks, look, alpha), seed)
-    p = statistics.overall_p(statistics.sign_flip_p(d), looks, look)
-    worse = math.log1p(margin)
-    verdict: Verdict = "fail" if low > 0 and estimate > worse else "pass" if high < worse else "inconclusive"
-    ratio, *bounds = (math.exp(x if better(metric) == "lower" else -x) for x in (estimate, low, high))
-    return replace(nothing, ratio=ratio, low=min(bounds), high=max(bounds), p=p, verdict=verdict)
 
 
-def _adjusted(found: Sequence[Comparison], alpha: float) -> tuple[Comparison, ...]:
+def decided(comparison: Comparison, estimate: float, low: float, high: float, p: float) -> Comparison:
+    """With its figures, from log ratios above 0 where worse, and the verdict that they give."""
+    limit = math.log1p(comparison.margin)
+    verdict: Verdict = "fail" if low > 0 and estimate > limit else "pass" if high < limit else "inconclusive"
+    ratio, *bounds = (math.exp(x if comparison.better == "lower" else -x) for x in (estimate, low, high))
+    return replace(comparison, ratio=ratio, low=min(bounds), high=max(bounds), p=p, verdict=verdict)
+
+
+def settled(found: Sequence[Comparison], alpha: float) -> tuple[Comparison, ...]:
     """The verdicts once p is adjusted for all the figures, each with its reason."""
     tested = [index for index, comparison in enumerate(found) if comparison.p is not None]
     adjusted = dict(zip(tested, statistics.holm([found[index].p or 0.0 for index in tested]), strict=True))
-    settled = []
+    comparisons = []
     for index, comparison in enumerate(found):
         if index in adjusted:
             p = adjusted[index]
             missed = comparison.verdict == "fail" and p >= alpha
             comparison = replace(comparison, p_adjusted=p, verdict="inconclusive" if missed else comparison.verdict)
             comparison = replace(comparison, reason=_reason(comparison, alpha))
-        settled.append(comparison)
-    return tuple(settled)
+        comparisons.append(comparison)
+    return tuple(comparisons)
 
 
 def _reason(comparison: Comparison, alpha: float) -> str:
@@ -249,7 +261,7 @@ def _floats(pairs: Pairs) -> tuple[list[float], list[float]]:
     return base, cand
 
 
-def _check(margin: float, alpha: float) -> None:
+def check(margin: float, alpha: float) -> None:
     if not 0 < margin < math.inf:
         raise SettingsError(f"`margin` cannot be `{margin}`", hint="give a share above 0, as 0.05 for 5 %")
     if not 0 < alpha < 0.5:

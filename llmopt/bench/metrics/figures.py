@@ -13,6 +13,8 @@ from llmopt.artifacts.outcome import Json
 from llmopt.bench.metrics.intervals import PERCENTILES, spread
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.sample import REQUEST_TIMES, Sample, gaps_of
+from llmopt.bench.metrics.telemetry import merged
+from llmopt.bench.settings import LoadShape
 
 CONVENTIONS: Mapping[str, str] = {
     "ttft_ms": "from just before the request is written, on a connection that stands, to the first chunk with output",
@@ -64,17 +66,6 @@ _PEAK_FROM_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadShape:
-    """What was asked of the client: so many streams, or so many requests a second, or (both None) a schedule."""
-
-    label: str  # in reports: c4, r2.5, trace
-    streams: int | None = None
-    rate: float | None = None
-    ramp_s: float = 0.0  # of the streams or of the rate
-    in_flight: int | None = None  # open loop: at most so many at once
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
     """A load of one subject in one round, read."""
 
@@ -119,6 +110,7 @@ def summarise(levels: Sequence[Level], slo: Mapping[str, float] | None = None) -
         **_times(samples),
         **_tokens(samples),
         **_client(levels),
+        "server": merged([level.server for level in levels]),
     }
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmopt.bench.metrics.figures import Level, LoadShape, sent_and_due_per_s, streams_held
+from llmopt.bench.metrics.figures import Level, sent_and_due_per_s, streams_held
 from llmopt.bench.metrics.intervals import least_count
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.sample import Sample, gaps_of
+from llmopt.bench.settings import LoadShape
 
 MAX_ERROR_SHARE = 0.01
 MAX_CLIENT_CPU_SHARE = 0.9  # of a core, for each of its processes

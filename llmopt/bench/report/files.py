@@ -21,7 +21,6 @@ from llmopt.bench.report.page import page
 from llmopt.bench.report.words import Report
 from llmopt.errors import LlmoptError
 
-SCHEMA = "llmopt.report/2"
 #: What a user can ask a copy of, by the name of the flag.
 FORMS: Mapping[str, str] = {
     "json": "report.json", "html": "report.html", "junit": "junit.xml", "csv": "report.csv",

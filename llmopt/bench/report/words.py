@@ -74,8 +74,11 @@ def verdict(report: Report) -> Verdict:
     if found[0].outcome == "invalid":
         return Verdict(outcome="invalid", title="Not valid", sentences=(found[0].sentence,))
     gate = report.get("gate")
-    if not gate:
-        return Verdict(outcome=None, title="Measured", sentences=("no objective and no baseline was given",))
+    if not gate or gate["verdict"] is None:
+        compared = tuple(check.sentence for check in found[1:])
+        return Verdict(
+            outcome=None, title="Measured", sentences=compared or ("no objective and no baseline was given",)
+        )
     outcomes: Mapping[str, tuple[Outcome, str]] = {
         "pass": ("passed", "Passed"),
         "fail": ("failed", "Failed"),

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from llmopt.bench.client.base import Failure
 from llmopt.bench.metrics import figures
-from llmopt.bench.metrics.figures import CONVENTIONS, Level, LoadShape, compact, ratios, streams_held, summarise
+from llmopt.bench.metrics.figures import CONVENTIONS, Level, compact, ratios, streams_held, summarise
 from llmopt.bench.metrics.records import Record
+from llmopt.bench.settings import LoadShape
 
 MS = 1_000_000
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from llmopt.bench.client.base import Failure
-from llmopt.bench.metrics.figures import Level, LoadShape
+from llmopt.bench.metrics.figures import Level
 from llmopt.bench.metrics.records import Record
 from llmopt.bench.metrics.validity import invalid, notes
+from llmopt.bench.settings import LoadShape
 
 MS = 1_000_000
 BUSY = Failure("http_5xx", "HTTP 503: busy")
