@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from llmopt.bench.report import svg
-from llmopt.bench.report.words import Report, change, figure, levels, metric, number, percent
+from llmopt.bench.report.words import Report, change, figure, found_by, level_of, levels, metric, number, percent
 
 _HEIGHT = 290
+_FOUND: tuple[Literal["knee", "best"], ...] = ("knee", "best")  # by a sweep
 _MARKS = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 
 
@@ -48,11 +49,11 @@ def _curve(report: Report, name: str, title: str) -> str | None:
     y = svg.logarithmic([*values, 0.8 * min(values), *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
     parts = [*svg.grid(x, y, "output tokens/s", "ms, p50 and up to p99"), *_limit_lines(limits, x, y)]
     labels, names = _Labels(), list[str]()
-    sweep = report.get("sweep") or {}
+    marked = {which: found_by(report.get("sweep"), which) for which in _FOUND}
     for style, points in enumerate(series.values()):
         parts.append(svg.line([(x.at(point.rate), y.at(point.low)) for point in points], style))
         for point in points:
-            found = _of_sweep(sweep, point.level) if style == 0 else ""
+            found = ", ".join(which for which in _FOUND if marked[which] == point.level and style == 0)
             parts += _whisker(point, x, y, style, ringed=bool(found))
             if style == 0:
                 names.append(labels.label(x.at(point.rate), y.at(point.low), f"{point.level} {found}".strip()))
@@ -89,15 +90,12 @@ def _whisker(point: _Point, x: svg.Axis, y: svg.Axis, style: int, *, ringed: boo
         yield f'<circle class="ring" cx="{at:.1f}" cy="{low:.1f}" r="9"/>'
 
 
-def _of_sweep(sweep: Mapping[str, Any], level: str) -> str:
-    return ", ".join(name for name in ("knee", "best") if sweep.get(name) == level)
-
-
 def _points(report: Report, subject: str, name: str) -> list[_Point]:
     """Of every level, and of the loads of a sweep that are not among them; by their load."""
     found = dict(report["results"].get(subject) or {})
     if subject == next(iter(report["subjects"])):
-        found = {point["load"]: point for point in (report.get("sweep") or {}).get("points") or ()} | found
+        sweep = report.get("sweep") or {}
+        found = {level_of(sweep, point["load"]): point for point in sweep.get("points") or ()} | found
     points = []
     for level, summary in found.items():
         rate, low, high = (figure(summary, key) for key in ("tokens_per_s", f"{name}_p50", f"{name}_p99"))

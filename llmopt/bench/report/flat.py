@@ -37,11 +37,9 @@ def _vllm(
 ) -> dict[str, Any]:
     settings, of = report["settings"], report["subjects"].get(subject) or {}
     backend = "openai-chat" if settings.get("endpoint") == "chat" else "openai"
-    started = datetime.fromisoformat(report["environment"]["started"])
-    wall_s, answered = summary["wall_s"], summary["answered"]
-    prompt = round((summary.get("prompt_tokens") or 0) * answered)
+    answered, started = summary["answered"], report["environment"].get("started")
     flat: dict[str, Any] = {
-        "date": started.strftime("%Y%m%d-%H%M%S"),
+        "date": datetime.fromisoformat(started).strftime("%Y%m%d-%H%M%S") if started else None,
         "endpoint_type": backend,
         "backend": backend,
         "label": f"{subject}-{level}",
@@ -51,10 +49,10 @@ def _vllm(
         "request_rate": float(level[1:]) if level.startswith("r") and _is_number(level[1:]) else "inf",
         "burstiness": settings.get("burstiness") or 1.0,
         "max_concurrency": int(level[1:]) if level.startswith("c") and level[1:].isdigit() else None,
-        "duration": wall_s,
+        "duration": summary["wall_s"],
         "completed": answered,
         "failed": summary["requests"] - answered,
-        "total_input_tokens": prompt,
+        "total_input_tokens": round((summary.get("prompt_tokens") or 0) * answered),
         "total_output_tokens": summary["tokens"],
         "request_throughput": summary["requests_per_s"],
         "request_goodput": summary.get("goodput_per_s"),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from llmopt.bench.report.words import Check, Report, checks, number, percent
+from llmopt.bench.report.words import Check, Report, checks
 
 _GROUPS = {"validity": "llmopt.bench.validity", "slo": "llmopt.bench.slo", "gate": "llmopt.bench.gate"}
 #: What XML 1.0 cannot hold, in any form.
@@ -23,7 +23,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 def junit(report: Report) -> str:
     found = checks(report)
     started = str(report["environment"].get("started", "")).partition("+")[0]
-    wall_s = sum(summary["wall_s"] for at in report["results"].values() for summary in at.values())
+    wall_s = sum(summary.get("wall_s") or 0.0 for at in report["results"].values() for summary in at.values())
     root = Element("testsuites", {"name": "llmopt bench", **_counts(found, report), "time": f"{wall_s:.3f}"})
     for group, name in _GROUPS.items():
         part = [check for check in found if check.group == group]
@@ -41,7 +41,7 @@ def junit(report: Report) -> str:
 
 def _state(check: Check, *, valid: bool) -> str | None:
     """The element that a case holds; None where it passed."""
-    if check.group != "validity" and not valid:
+    if (check.group != "validity" and not valid) or (check.outcome != "passed" and not check.decides):
         return "skipped"
     return {"passed": None, "failed": "failure", "inconclusive": "skipped", "invalid": "error"}[check.outcome]
 
@@ -51,7 +51,8 @@ def _case(suite: Element, classname: str, check: Check, time: str, *, valid: boo
     state = _state(check, valid=valid)
     sentence = _text(check.sentence)
     if state == "skipped":
-        why = sentence if valid else f"the measurement is not valid; {sentence}"
+        first = "the measurement is not valid; " if not valid else "" if check.decides else "decides nothing; "
+        why = first + sentence
         SubElement(case, "skipped", message=why)
     elif state is not None:
         SubElement(case, state, message=sentence, type=check.outcome).text = sentence
@@ -72,9 +73,9 @@ def _properties(suite: Element, report: Report) -> None:
         for key in ("model", "url", "engine", "artifact"):
             if subject.get(key):
                 SubElement(properties, "property", name=f"{name}.{key}", value=_text(str(subject[key])))
-    if gate := report.get("gate"):
-        for key, value in (("margin", percent(1 + (gate.get("margin") or 0))), ("alpha", number(gate.get("alpha")))):
-            SubElement(properties, "property", name=f"gate.{key}", value=value)
+    for key in ("margin", "alpha"):
+        if (report.get("gate") or {}).get(key) is not None:
+            SubElement(properties, "property", name=f"gate.{key}", value=f"{report['gate'][key]:g}")
 
 
 def _text(text: str) -> str:

@@ -57,7 +57,7 @@ def workflow_commands(report: Report) -> list[str]:
 
     GitHub shows ten of a kind; when there are more, the last one says so.
     """
-    found = [check for check in checks(report) if check.outcome != "passed"]
+    found = [check for check in checks(report) if check.decides and check.outcome != "passed"]
     if not report["valid"]:
         found = found[:1]  # what else was found rests on it
     lines = []
@@ -128,8 +128,7 @@ def _figures(report: Report) -> Iterator[str]:
     yield _row(["subject", "level", "requests", "errors", *titles])
     yield "|---|---|" + "---:|" * (2 + len(titles))
     for subject, level, found in rows:
-        errors = found["errors"]
-        failed = ", ".join(f"{count} {kind}" for kind, count in errors.items()) or "0"
+        failed = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items()) or "0"
         figures = [_with_interval(found, name) for name in names]
         yield _row([subject, level, number(found["requests"]), failed, *figures])
     yield ""

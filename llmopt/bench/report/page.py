@@ -11,10 +11,24 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+import numpy as np
+
 from llmopt.bench.report import charts, traces
 from llmopt.bench.report.lineage import lineage
 from llmopt.bench.report.requests import Rows, grouped
-from llmopt.bench.report.words import Report, figure, interval, levels, machine, metric, number, percent, told, verdict
+from llmopt.bench.report.words import (
+    Report,
+    figure,
+    found_by,
+    interval,
+    levels,
+    machine,
+    metric,
+    number,
+    percent,
+    told,
+    verdict,
+)
 
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "invalid": "!", None: "·"}
 _TILES = (
@@ -39,7 +53,7 @@ def page(report: Report, measured: Sequence[Rows]) -> str:
         *_header(report),
         *_section("Key figures", _tiles(report)),
         *_section("Objectives and comparison", _gate(report)),
-        *_section("What the load costs", _grid(charts.curves(report)), _table(report)),
+        *_section("What the load costs", _grid(charts.curves(report)), _sweep(report), _table(report)),
         *_section("Requests", _requests(report, measured)),
         *_section("Quality and size", lineage(report)),
         *_section("Notes", _list(report["notes"])),
@@ -87,8 +101,8 @@ def _tiles(report: Report) -> Iterator[str]:
         return
     subject = rows[0][0]
     own = {level: summary for name, level, summary in rows if name == subject}
-    best = (report.get("sweep") or {}).get("best")
-    level = best if best in own else next(reversed(own))
+    best = found_by(report.get("sweep"), "best")
+    level = best if best is not None and best in own else next(reversed(own))
     other = next((summary for name, at, summary in rows if name != subject and at == level), {})
     yield f'<p class="dim">{escape(subject)} at {escape(level)}</p><dl class="tiles">'
     for name, label, unit in _TILES:
@@ -141,6 +155,16 @@ def _verdicts(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "</ul>"
 
 
+def _sweep(report: Report) -> Iterator[str]:
+    sweep = report.get("sweep")
+    if sweep:
+        unit = "requests/s" if sweep["kind"] == "rate" else "streams"
+        knee, best = (f"{sweep[key]:g} {unit}" if sweep[key] is not None else "none" for key in ("knee", "best"))
+        more = "; a larger load may do as well" if sweep.get("at_limit") else ""
+        stopped = f"; the search ended: {sweep['stopped']}" if sweep.get("stopped") else ""
+        yield f"<p>Knee: {knee}. Best: {best}{escape(more + stopped)}.</p>"
+
+
 def _table(report: Report) -> Iterator[str]:
     rows = levels(report)
     columns = [name for name in _COLUMNS if any(figure(row[2], name) is not None for row in rows)]
@@ -181,8 +205,9 @@ def _requests(report: Report, measured: Sequence[Rows]) -> Iterator[str]:
         of = {subject: groups[subject, level] for subject in report["subjects"] if (subject, level) in groups}
         if of:
             opened = " open" if level == drawn[-1] else ""
-            drawings = [f"<div>{one}</div>" for one in traces.timelines([rounds[0] for rounds in of.values()])]
-            inside = "".join([*_grid(traces.distributions(of)), _KEY, *_grid(drawings)])
+            timed = [rounds[0] for rounds in of.values() if not np.isnan(rounds[0].sent_s).any()]
+            drawings = [f"<div>{one}</div>" for one in traces.timelines(timed)]
+            inside = "".join([*_grid(traces.distributions(of)), *([_KEY] if timed else ()), *_grid(drawings)])
             count = sum(len(rounds) for rounds in of.values())
             about = f"{level}: {sum(len(s.sent_s) for rounds in of.values() for s in rounds)} requests"
             about += f" in {count} loads" if count > 1 else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,18 @@ class Requests:
 
     def append(self, level: Level) -> None:
         """The level is on disk when this returns."""
+        self._put(_table(level))
+
+    def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of one level and round that another tool measured; a column that it does not tell is null."""
+        self._put(load("pyarrow", extra="data").Table.from_pylist(list(rows), _schema()))
+
+    def _put(self, table: Any) -> None:
         folder = self._out / PARTS
         folder.mkdir(exist_ok=True)
         part = folder / f"{self._written:05}.parquet"
         aside = part.with_suffix(".tmp")
-        _parquet().write_table(_table(level), aside, compression="zstd")
+        _parquet().write_table(table, aside, compression="zstd")
         aside.replace(part)
         self._written += 1
 
@@ -167,12 +174,13 @@ class Rows:
 
     def times_ms(self) -> dict[str, Floats]:
         """Of the counted requests, by the names that a summary has for them."""
-        some = self.counted
+        first_s = self.first_s[self.counted & ~np.isnan(self.first_s)]
+        some = self.counted & (np.diff(self.ends, prepend=0) > 0)
         last_s = self.chunks_s[self.ends[some] - 1]
         spoken = self.tokens[some] > 1
         decode_s = (last_s - self.first_s[some])[spoken]
         found = {
-            "ttft_ms": self.first_s[some] * 1e3,
+            "ttft_ms": first_s * 1e3,
             "tpot_ms": decode_s * 1e3 / (self.tokens[some][spoken] - 1),
             "e2e_ms": last_s * 1e3,
             "itl_ms": self._gaps_ms(),
@@ -213,7 +221,7 @@ def _rows(table: Any) -> Rows:
         end_s=_floats(table, "end_us") / 1e6,
         first_s=_floats(table, "first_us") / 1e6,
         failed=table["error"].is_valid().to_numpy(),
-        counted=table["counted"].to_numpy(),
+        counted=table["counted"].combine_chunks().fill_null(table["error"].combine_chunks().is_null()).to_numpy(False),
         tokens=np.where(np.isnan(completion), counts, completion),
         ends=np.cumsum(counts, dtype=np.int64),
         chunks_s=lists.flatten().to_numpy(zero_copy_only=False) / 1e6,

@@ -62,6 +62,8 @@ def _marked(x: float, y: float, style: int, told: str, value: float) -> Iterator
 
 def timelines(measured: Sequence[Rows]) -> list[str]:
     """What was in flight when, and the tokens that came of it, of one round of each subject, all over the same time."""
+    if not measured:
+        return []
     lanes = [_lanes(rows) for rows in measured]
     ends_s = [float((rows.sent_s + rows.end_s).max()) for rows in measured]
     # cut before the first request that is one too many to draw: no row then looks idle that only was not drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -34,12 +34,13 @@ NAMES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One thing that a run had to meet. `name` is unique within its report."""
+    """One thing that was looked at. `name` is unique within its report; without `decides` it is only told."""
 
     group: Literal["validity", "slo", "gate"]
     name: str
     outcome: Outcome
     sentence: str
+    decides: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,8 @@ def checks(report: Report) -> list[Check]:
     ]
     gate = report.get("gate") or {}
     found += [_objective(slo) for slo in gate.get("slo") or ()]
-    found += [_comparison(comparison) for comparison in gate.get("comparisons") or ()]
+    enforced = bool(gate.get("enforced", True))
+    found += [_comparison(comparison, enforced) for comparison in gate.get("comparisons") or ()]
     return found
 
 
@@ -73,39 +75,30 @@ def verdict(report: Report) -> Verdict:
     found = checks(report)
     if found[0].outcome == "invalid":
         return Verdict(outcome="invalid", title="Not valid", sentences=(found[0].sentence,))
-    gate = report.get("gate")
-    if not gate or gate["verdict"] is None:
+    said = (report.get("gate") or {}).get("verdict")
+    if said is None:
         compared = tuple(check.sentence for check in found[1:])
-        return Verdict(
-            outcome=None, title="Measured", sentences=compared or ("no objective and no baseline was given",)
-        )
+        return Verdict(outcome=None, title="Measured", sentences=compared or ("nothing was to be met",))
     outcomes: Mapping[str, tuple[Outcome, str]] = {
         "pass": ("passed", "Passed"),
         "fail": ("failed", "Failed"),
         "inconclusive": ("inconclusive", "Inconclusive"),
     }
-    outcome, title = outcomes[gate["verdict"]]
-    return Verdict(outcome=outcome, title=title, sentences=tuple(_reasons(found[1:], outcome)))
+    outcome, title = outcomes[said]
+    reasons = (check.sentence for check in found if check.decides and check.outcome == outcome != "passed")
+    return Verdict(outcome=outcome, title=title, sentences=(*reasons, _counted(found)))
 
 
-def _reasons(found: Sequence[Check], outcome: Outcome) -> Iterator[str]:
-    """Of what was not met each; of what was met the count."""
-    for check in found:
-        if check.outcome == outcome != "passed":
-            yield check.sentence
-    met = [check for check in found if check.outcome == "passed"]
-    kinds = (("slo", "objective"), ("gate", "comparison"))
-    counts = [
-        f"{sum(check.group == group for check in met)} of {_count(total, name)}"
-        for group, name in kinds
-        if (total := sum(check.group == group for check in found))
-    ]
-    if counts:
-        yield f"{' and '.join(counts)} met"
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+def _counted(found: Sequence[Check]) -> str:
+    """`1 of 2 objectives and 3 of 5 comparisons passed`."""
+    counts = []
+    for group, name in (("slo", "objective"), ("gate", "comparison")):
+        part = [check for check in found if check.group == group]
+        if part:
+            passed = sum(check.outcome == "passed" for check in part)
+            more = "" if part[0].decides else " (which decide nothing without `--gate`)"
+            counts.append(f"{passed} of {len(part)} {name}{'s' if len(part) > 1 else ''}{more}")
+    return f"{' and '.join(counts)} passed"
 
 
 def _objective(slo: Report) -> Check:
@@ -120,12 +113,13 @@ def _objective(slo: Report) -> Check:
     )
 
 
-def _comparison(comparison: Report) -> Check:
+def _comparison(comparison: Report, enforced: bool) -> Check:
     outcomes: Mapping[str, Outcome] = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
     outcome = outcomes[comparison["verdict"]]
     name = f"{metric(comparison['metric'])} at {comparison['level']}"
     sentence = f"{name}: {comparison.get('reason') or change(comparison)}"
-    return Check(group="gate", name=f"{name} against the baseline", outcome=outcome, sentence=sentence)
+    name = f"{name} against the baseline"
+    return Check(group="gate", name=name, outcome=outcome, sentence=sentence, decides=enforced)
 
 
 def change(comparison: Report) -> str:
@@ -182,6 +176,16 @@ def interval(summary: Mapping[str, Any], name: str) -> Sequence[float] | None:
     known = spread.get("ci95") if isinstance(spread, Mapping) else None
     found: Sequence[float] | None = known.get(statistic) if isinstance(known, Mapping) else None
     return found
+
+
+def found_by(sweep: Mapping[str, Any] | None, which: Literal["knee", "best"]) -> str | None:
+    """The level that a sweep found, as `c16` or `r2.5`; None without one."""
+    load = (sweep or {}).get(which)
+    return None if load is None else level_of(sweep or {}, load)
+
+
+def level_of(sweep: Mapping[str, Any], load: float) -> str:
+    return f"{'c' if sweep['kind'] == 'streams' else 'r'}{load:g}"
 
 
 def levels(report: Report) -> list[tuple[str, str, Mapping[str, Any]]]:

@@ -33,10 +33,10 @@ def test_what_was_given_is_what_is_read(tmp_path: Path, make_report: MakeReport)
 
 
 def test_a_figure_that_is_no_number_is_null(tmp_path: Path, make_report: MakeReport) -> None:
-    files.write(tmp_path, make_report(notes=[], sweep={"knee": None, "best": None, "points": [], "x": float("nan")}))
+    files.write(tmp_path, make_report(ratio={"c1": {"ttft_ms_p50": float("nan")}}))
     text = (tmp_path / "report.json").read_text()
     assert "NaN" not in text
-    assert json.loads(text)["sweep"]["x"] is None
+    assert json.loads(text)["ratio"]["c1"]["ttft_ms_p50"] is None
 
 
 def test_nothing_measured_is_a_report_too(tmp_path: Path, make_report: MakeReport) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from pathlib import Path
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,18 @@ VLLM_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def measured(tmp_path: Path, make_levels: Callable[..., Any], make_report: Callable[..., Any]) -> tuple[Any, Any]:
-    levels = make_levels(streams=(1, 4), rounds=2, requests=12)
-    with Requests(tmp_path) as requests:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, make_levels: Callable[..., Any], make_report: Any) -> Any:
+    levels, out = make_levels(streams=(1, 4), rounds=2, requests=12), tmp_path_factory.mktemp("report")
+    with Requests(out) as requests:
         for level in levels:
             requests.append(level)
-    return make_report(levels), read(tmp_path)
+    return make_report(levels), read(out)
+
+
+@pytest.fixture
+def measured(saved: tuple[Any, Any]) -> tuple[Any, Any]:
+    return deepcopy(saved[0]), saved[1]
 
 
 def objects(text: str) -> list[dict[str, Any]]:

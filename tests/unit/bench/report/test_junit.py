@@ -80,3 +80,12 @@ def test_without_a_gate_there_is_one_case(make_report: MakeReport) -> None:
 def test_what_xml_cannot_hold_is_replaced(make_report: MakeReport) -> None:
     root = fromstring(junit(make_report(valid=False, invalid_because="<&> \x00\x1b[31m\ud800 end")))
     assert "<&> \N{REPLACEMENT CHARACTER}" in next(root.iter("error")).attrib["message"]
+
+
+def test_a_comparison_that_decides_nothing_does_not_fail(
+    make_report: MakeReport, make_gate: Callable[..., Any]
+) -> None:
+    gate = make_gate("pass") | {"enforced": False, "slo": []}
+    root = fromstring(junit(make_report(gate=gate)))
+    assert cases(root, "failure") == []
+    assert len(cases(root, "skipped")) == 2

@@ -85,3 +85,14 @@ def test_github_shows_ten_of_a_kind(make_report: MakeReport, make_gate: Callable
     errors = [line for line in lines if line.startswith("::error")]
     assert len(errors) == 10
     assert "22 more" in errors[-1]
+
+
+def test_a_comparison_that_decides_nothing_is_no_annotation(
+    make_report: MakeReport, make_gate: Callable[..., Any]
+) -> None:
+    gate = make_gate("pass") | {"enforced": False, "slo": []}
+    report = make_report(gate=gate)
+    assert workflow_commands(report) == []
+    assert markdown(report).startswith("# ✅ Load test: passed")
+    assert "3 of 5 comparisons (which decide nothing without `--gate`) passed" in markdown(report)
+    assert markdown(make_report(gate=gate | {"verdict": None})).startswith("# 📏 Load test: measured")

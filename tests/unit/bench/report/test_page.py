@@ -146,6 +146,25 @@ def test_an_open_loop_shows_what_was_late(tmp_path: Path, make_levels: MakeLevel
     assert "TTFT p99 from schedule" in text
 
 
+def test_a_sweep_marks_what_it_found(make_report: MakeReport) -> None:
+    point = make_report()["results"]["candidate"]["c4"]["rounds"][0]
+    sweep = {"kind": "streams", "knee": 4.0, "best": 24.0, "at_limit": True, "stopped": "`most` was reached"}
+    text = page(make_report(sweep=sweep | {"points": [point | {"load": 24.0, "tokens_per_s": 720.0}]}), [])
+    assert "Knee: 4 streams. Best: 24 streams; a larger load may do as well" in text
+    assert re.search(r'class="label"[^>]*>c4 knee<', text)
+    assert re.search(r'class="label"[^>]*>c24 best<', text)  # though no load of it is among the results
+
+
+def test_rows_of_another_tool_are_drawn_without_a_timeline(tmp_path: Path, make_report: MakeReport) -> None:
+    row = {"subject": "candidate", "level": "c4", "round": 0, "first_us": 30_000, "chunks_us": [30_000, 40_000, 51_000]}
+    with Requests(tmp_path) as requests:
+        requests.append_rows([row] * 12)
+    text = page(make_report(gate=None), read(tmp_path))
+    assert "Gaps between chunks" in text
+    assert "requests drawn" not in text
+    assert 'class="bar' not in text
+
+
 def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
     from llmopt.bench.client.base import Failure
 
