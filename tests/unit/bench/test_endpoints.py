@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmopt.bench.answers import Answer
-from llmopt.bench.client.wire import Response, events
+from llmopt.bench.client.wire import Response
 from llmopt.bench.endpoints import ENDPOINTS
 
 TURNS = [("system", "Be brief. "), ("user", "Hello? "), ("assistant", "Yes. "), ("user", "Good.")]
@@ -217,24 +217,6 @@ def test_a_stream_that_stops_without_a_word_is_cut(name: str, first: Any) -> Non
 
 def test_a_dynamic_batch_of_lmi_has_outputs() -> None:
     assert ENDPOINTS["sagemaker"].answer(lines({"outputs": ["This"]}, {"outputs": [" is"]})) == "This is"
-
-
-EVENT = st.sampled_from(
-    [b'data: {"choices": [{"text": "a"}]}', b"data: x", b": ping", b"event: e", b"data:y", b"data", b""]
-)
-NEWLINE = st.sampled_from([b"\n", b"\n\n", b"\r\n\r\n", b"\r"])
-
-
-@given(parts=st.lists(st.tuples(EVENT, NEWLINE), max_size=8), pieces=st.integers(1, 9))
-def test_the_quick_cut_of_events_is_the_general_one(parts: list[tuple[bytes, bytes]], pieces: int) -> None:
-    from llmopt.bench import answers
-
-    split = [(number, b"".join(part)) for number, part in enumerate(parts)]
-    assert answers._events(split) == events(split)
-    body = b"".join(data for _, data in split)
-    size = max(1, -(-len(body) // pieces))
-    chopped = [(at, body[at : at + size]) for at in range(0, len(body), size)]
-    assert answers._events(chopped) == events(chopped)
 
 
 KEYS = ["choices", "text", "usage", "error", "delta", "message", "content", "type", "response", "output", "token"]
