@@ -14,8 +14,8 @@ from uuid import uuid4
 
 import pytest
 
-from llmopt.bench.client.base import Load, Target
-from llmopt.bench.client.loop import closed_loop
+from llmopt.bench.client.base import Job, Load, Plan, Target
+from llmopt.bench.client.loop import drive
 from llmopt.bench.endpoints import ENDPOINTS, body
 from llmopt.bench.metrics.figures import streams_held
 from llmopt.bench.metrics.records import Record, read
@@ -31,7 +31,9 @@ def load(
     bodies = [body(endpoint, model="truth", prompt=prompt, output_tokens=tokens) for prompt in prompts]
     options = {"timeout_s": 20.0, **options}
     target = Target(url, endpoint.path, headers)
-    return closed_loop(target, bodies, lambda exchange: read(exchange, endpoint), streams=streams, **options), prompts
+    jobs = [Job(target.request(body), number) for number, body in enumerate(bodies)]
+    plan = Plan(targets=(target,), jobs=jobs, streams=streams, **options)
+    return drive(plan, lambda exchange: read(exchange, endpoint)), prompts
 
 
 def kinds(found: Load[Record]) -> set[str | None]:
@@ -183,7 +185,7 @@ def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:
 
 
 def test_a_full_store_reads_answers_as_they_end(truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmopt.bench.client.loop._HELD_BYTES", 3000)
+    monkeypatch.setattr("llmopt.bench.client.store._HELD_BYTES", 3000)
     found, _ = load(truth.url(), requests=12, streams=2)
     assert sorted(record.prompt for record in found.records) == list(range(12))
     assert kinds(found) == {None}

@@ -1,0 +1,66 @@
+"""The exchanges that have ended, unread as long as there is room for them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic
+
+from llmopt.bench.client.base import Exchange, R
+
+_HELD_BYTES = 64 << 20
+
+
+class Store(Generic[R]):
+    """`keep` takes an exchange; what `read` makes of it is among `records` after `read_all`."""
+
+    def __init__(self, read: Callable[[Exchange], R]) -> None:
+        self.records: list[R] = []
+        self.last: Exchange | None = None
+        self.ended = 0
+        self.failed = 0
+        self.chunks = 0
+        self.failures_in_a_row = 0
+        self._read = read
+        self._unread: deque[Exchange] = deque()
+        self._unread_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Answers should be read when there is time for it."""
+        return self._unread_bytes > _HELD_BYTES
+
+    @property
+    def overfull(self) -> bool:
+        """Answers must be read, time or no time."""
+        return self._unread_bytes > 4 * _HELD_BYTES
+
+    def keep(self, exchange: Exchange) -> None:
+        response = exchange.response
+        answered = exchange.failure is None and response is not None and response.status < 400
+        self.failures_in_a_row = 0 if answered else self.failures_in_a_row + 1
+        self.failed += not answered
+        self.ended += 1
+        self.last = exchange
+        self._unread.append(exchange)
+        if response is not None:
+            self.chunks += response.receives
+            self._unread_bytes += response.received_bytes
+
+    def read_one(self) -> None:
+        exchange = self._unread[0]
+        self.records.append(self._read(exchange))
+        self._unread.popleft()
+        if exchange.response is not None:
+            self._unread_bytes -= exchange.response.received_bytes
+
+    def read_all(self) -> bool:
+        """False when Ctrl-C came; they are read all the same, unless it comes again."""
+        try:
+            while self._unread:
+                self.read_one()
+        except KeyboardInterrupt:
+            while self._unread:
+                self.read_one()
+            return False
+        return True
