@@ -111,7 +111,7 @@ class Direct:
             loop.give_up(Failure("interrupted", "the load was stopped"), older_than_ns=0)
         wall_s = (time.monotonic_ns() - loop.began_ns) / 1e9
         cpu_s = (time.thread_time_ns() - cpu_ns) / 1e9
-        load = Load(loop.records, loop.began_ns, wall_s, cpu_s, loop.lags_ms, [], 0, "user")
+        load = Load(loop.records, loop.began_ns, wall_s, cpu_s, loop.lags_ms, [], 0, "engine")
         if interrupted:
             raise Interrupted(load)
         return load

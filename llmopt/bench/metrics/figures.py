@@ -45,7 +45,8 @@ CONVENTIONS: Mapping[str, str] = {
     "sent_per_s": "requests sent between the first sending and the last; due_per_s the same of the schedule",
     "late_ms": "open loop: from when each request was to be sent to when it was",
     "client_cpu_share": "CPU time of the client over wall_s and its processes; near 1 the client is the bottleneck",
-    "client_lag_ms": "with kernel stamps from the kernel's receive to the client's; else how late the client ran",
+    "client_lag_ms": "from a receive's kernel stamp, or the engine's, to its reading; without them how late the client ran",
+    "stamps": "kernel: of the receive; user: on reading it; engine: its own process behind each step, without a server",
     "joules_per_token": "energy that the machine's counters tell of, of everything that ran on it, over output tokens",
     "percentiles": "linear interpolation between order statistics (type 7 of Hyndman and Fan, numpy's default)",
     "ci95": "of requests: order statistics by the binomial distribution; of gaps: clustered by request (Woodruff); "

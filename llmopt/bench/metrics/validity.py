@@ -29,7 +29,8 @@ _LATE_SHARE = 0.1
 _MANY_LATE = 0.05
 _MANY_RECONNECTS = 0.05  # of the requests: then what streams wait for is the server, which closes connections
 _MUCH_COALESCED = 0.05
-_MUCH_LAG_MS = 2.0  # and _MUCH_LAG_SHARE of the median gap, or of the median request with the kernel's stamps
+_RIGHT_STAMPS = ("kernel", "engine")  # however late they are read: only the next request of a stream suffers then
+_MUCH_LAG_MS = 2.0  # and _MUCH_LAG_SHARE of the median gap, or of the median request where stamps are right
 _MUCH_LAG_SHARE = 0.2
 
 
@@ -148,13 +149,12 @@ def _of_samples(samples: Sequence[Sample]) -> list[str]:
 def _of_the_client(levels: Sequence[Level], samples: Sequence[Sample]) -> list[str]:
     found = []
     lags = [lag for level in levels for lag in level.lags_ms]
-    kernel = all(level.stamps == "kernel" for level in levels)
-    # The kernel's stamps are right however late they are read: then only the next request of a stream suffers.
-    suffers = [sample.times["e2e_ms"] if kernel else sample.gaps[0] for sample in samples]
+    right = all(level.stamps in _RIGHT_STAMPS for level in levels)
+    suffers = [sample.times["e2e_ms"] if right else sample.gaps[0] for sample in samples]
     suffers_ms = float(np.median(np.concatenate(suffers))) if sum(map(len, suffers)) else 0.0
     lag_ms = float(np.percentile(lags, 99)) if lags else 0.0
     if lag_ms > max(_MUCH_LAG_MS, _MUCH_LAG_SHARE * suffers_ms):
-        so = "next requests went out that much later" if kernel else "latencies are that much too long"
+        so = "next requests went out that much later" if right else "latencies are that much too long"
         found.append(f"the client ran {lag_ms:.1f} ms late at p99, for want of CPU: {so}")
     if late := _late(levels):
         found.append(late)
