@@ -217,7 +217,7 @@ class Driver(Generic[R]):
 
     def _start(self, job: Job | None, due_ns: int | None) -> None:
         """Send a job, or the next one of a stream."""
-        if self._is_over():
+        if self._is_over(due_ns):
             self._alive -= 1
             return
         if job is None:
@@ -240,19 +240,25 @@ class Driver(Generic[R]):
         if not self._closed_loop and len(pool.idle) + pool.opening < 2 + pool.size // 16:
             self._connections.open(pool, None)  # so that the next one need not wait for a connection
 
-    def _is_over(self) -> bool:
-        """No job may start any more; those that wait are dropped."""
-        given_up = self._store.failures_in_a_row >= self._patience
-        if not given_up and (self._deadline_ns is None or monotonic_ns() < self._deadline_ns):
-            return False
-        self._alive -= self._timers.drop_starts()
+    def _is_over(self, due_ns: int | None) -> bool:
+        """Whether what is due then, or now, may not start any more."""
+        if self._store.failures_in_a_row >= self._patience:
+            self._alive -= self._timers.drop_starts() + len(self._held_back)
+            self._held_back.clear()
+            return True
+        return self._deadline_ns is not None and (due_ns or monotonic_ns()) >= self._deadline_ns
+
+    def _let_go(self) -> None:
+        """There is room for one that was held back; at the load's end those still held back are failures."""
+        if self._deadline_ns is None or monotonic_ns() < self._deadline_ns:
+            self._soon.append(self._held_back.popleft())
+            return
         while self._held_back:
             exchange = Exchange(*self._held_back.popleft())
             exchange.sent_ns = exchange.end_ns = monotonic_ns()
             exchange.failure = Failure("unsent", "due, but held back by the limit of requests in flight to the end")
             self._store.keep(exchange)
             self._alive -= 1
-        return True
 
     def _stands(self, link: Link) -> None:
         if link.exchange is None:
@@ -335,7 +341,7 @@ class Driver(Generic[R]):
         else:
             self._alive -= 1
         if self._held_back:
-            self._soon.append(self._held_back.popleft())
+            self._let_go()
 
     def _cut(self) -> None:
         """Keep what is in flight as it is."""
