@@ -28,6 +28,7 @@ from llmopt.bench.client.wire import MalformedError, Response
 _RECEIVE_BYTES = 16 * 1024
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
+_PATIENCE = 64
 _STALE_NS = 1_000_000_000  # a connection that was idle so long may be closed just when a request is sent
 
 
@@ -64,7 +65,7 @@ class Driver(Generic[R]):
         self._in_flight = 0
         self._timeout_ns = int(plan.timeout_s * 1e9)
         self._deadline_ns: int | None = None
-        self._patience = max(16, 4 * (plan.streams or 16))  # failures in a row after which the load is given up
+        self._patience = max(16, 4 * plan.streams) if plan.streams else _PATIENCE  # failures in a row to give up after
         self._late_ms: list[float] = []
 
     def connect(self) -> None:
@@ -328,7 +329,8 @@ class Driver(Generic[R]):
 
     def _go_on(self, exchange: Exchange) -> None:
         """What follows on an exchange that has ended: the conversation, the stream's next job, or nothing."""
-        self._patience = max(self._patience, 4 * self._in_flight)
+        if not self._closed_loop:
+            self._patience = max(self._patience, _PATIENCE + self._in_flight)
         self._in_flight -= 1
         follower = exchange.job.then(exchange) if exchange.job.then is not None else None
         if follower is not None and follower.due_ns is not None:
