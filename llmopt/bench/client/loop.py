@@ -13,7 +13,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import cycle, islice
 from time import monotonic_ns
 from typing import Generic
@@ -25,7 +25,7 @@ from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps
 from llmopt.bench.client.store import Store
 from llmopt.bench.client.wire import MalformedError, Response
 
-_RECEIVE_BYTES = 32 * 1024
+_RECEIVE_BYTES = 16 * 1024
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
 _STALE_NS = 1_000_000_000  # a connection that was idle so long may be closed just when a request is sent
@@ -165,7 +165,7 @@ class Driver(Generic[R]):
             if not isinstance(item, Link):
                 self._start(item, when_ns)
             elif connections.is_late(item, when_ns):
-                self._end_early(item, Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
+                self._end(item, monotonic_ns(), Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
             self._start_all()
 
     def _receive(self, link: Link) -> None:
@@ -285,21 +285,11 @@ class Driver(Generic[R]):
             self._connections.close(link)
             self._connections.open(link.pool, exchange)
             return
-        why = f" ({error})" if error else ""
-        cut = Failure("cut", f"the server closed the connection after {received} bytes{why}")
-        self._end_early(link, cut, closed=True)
-
-    def _end_early(self, link: Link, failure: Failure | None, *, closed: bool = False) -> None:
-        """Without a known end of the response; unless what came shows one when it is looked through."""
-        exchange = link.exchange
-        if exchange is None or exchange.response is None:
+        if exchange.response is not None and exchange.response.closed():
+            self._end(link, monotonic_ns(), None)
             return
-        try:
-            if exchange.response.closed() if closed else exchange.response.settle():
-                failure = None
-        except MalformedError as error:
-            failure = Failure("malformed", str(error))
-        self._end(link, monotonic_ns(), failure)
+        why = f" ({error})" if error else ""
+        self._end(link, monotonic_ns(), Failure("cut", f"the server closed the connection after {received} bytes{why}"))
 
     def _end(self, link: Link, end_ns: int, failure: Failure | None) -> None:
         exchange = link.exchange
@@ -354,14 +344,12 @@ class Driver(Generic[R]):
             exchange = link.exchange
             if exchange is None or exchange.response is None or exchange is self._store.last:
                 continue
-            with suppress(MalformedError):
-                exchange.response.settle()
             exchange.end_ns, exchange.failure = now, Failure("interrupted", "Ctrl-C came before its end")
             self._store.keep(exchange)
 
     def _state(self, elapsed_ns: int) -> Watch:
         exchanges = [link.exchange for link in self._connections.links.values() if link.exchange is not None]
-        chunks = sum(exchange.response.receives for exchange in exchanges if exchange.response is not None)
+        chunks = sum(len(exchange.response.pieces) for exchange in exchanges if exchange.response is not None)
         return Watch(
             elapsed_s=max(0, elapsed_ns) / 1e9,
             in_flight=self._in_flight,

@@ -44,7 +44,7 @@ class Store(Generic[R]):
         self.last = exchange
         self._unread.append(exchange)
         if response is not None:
-            self.chunks += response.receives
+            self.chunks += len(response.pieces)
             self._unread_bytes += response.received_bytes
 
     def read_one(self) -> None:

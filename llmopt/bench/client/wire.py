@@ -1,8 +1,8 @@
 """HTTP/1.1 responses and server-sent events as bytes; every piece keeps the stamp of the receive that brought it.
 
-Where a response ends must be known at once, since the next request waits for it; all else can wait. So a chunked body
-is stored as it comes, and its framing is walked only when the bytes may be its last: when they end in a blank line.
-Events are cut out after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
+Framing (where does this response end?) is done as the bytes come, since the next request waits for it: a walk at the
+end would come just then, and for all streams together where they go in step. Nothing else is done: events are cut out
+after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
 """
 
 from __future__ import annotations
@@ -41,31 +41,17 @@ class _State(Enum):
 class Response:
     """One response, fed with the bytes of each receive until `complete`.
 
-    `status` is 0 until the head is in; `pieces` is the body without its framing. They are up to date when the response
-    is complete, and after `settle` or `closed`.
+    `status` is 0 until the head is in; `pieces` is the body without its framing; `received_bytes` counts everything.
     """
 
-    __slots__ = (
-        "_left",
-        "_raw",
-        "_rest",
-        "_state",
-        "_waits",
-        "_walked_bytes",
-        "headers",
-        "keep_alive",
-        "pieces",
-        "status",
-    )
+    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "status")
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.pieces: list[Piece] = []
         self.keep_alive = True
-        self._walked_bytes = 0
-        self._raw: list[Piece] = []  # received and not looked at
-        self._waits = False  # until a blank line, since only that can be the end
+        self.received_bytes = 0
         self._state = _State.HEAD
         self._left = 0  # bytes of the chunk or body still to come
         self._rest = b""  # the beginning of a head or line whose end has not come
@@ -74,34 +60,18 @@ class Response:
     def complete(self) -> bool:
         return self._state is _State.COMPLETE
 
-    @property
-    def received_bytes(self) -> int:
-        """With the head and the framing."""
-        return self._walked_bytes + sum(len(data) for _, data in self._raw)
-
-    @property
-    def receives(self) -> int:
-        """About one for each event of a stream."""
-        return len(self.pieces) + len(self._raw)
-
     def feed(self, stamp_ns: int, data: bytes) -> bool:
         """Take what one receive brought; True when the response is complete. Raises MalformedError."""
-        self._raw.append((stamp_ns, data))
-        if self._waits and not data.endswith(b"\r\n\r\n") and len(data) > 3:
-            return False
-        return self.settle()
-
-    def settle(self) -> bool:
-        """Walk the framing of all that has come; True when the response is complete. Raises MalformedError."""
-        raw, self._raw = self._raw, []
-        for stamp_ns, data in raw:
+        self.received_bytes += len(data)
+        if self._state is not _State.CHUNK_SIZE or self._rest:
             self._walk(stamp_ns, data)
+        elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
+            self._read_chunks(stamp_ns, data[at:])
         return self._state is _State.COMPLETE
 
     def closed(self) -> bool:
-        """The connection has ended; True if the response is complete with that. Raises MalformedError."""
+        """The connection has ended; True if the response is complete with that."""
         self.keep_alive = False
-        self.settle()
         if self._state is _State.UNTIL_CLOSE:
             self._state = _State.COMPLETE
         return self.complete
@@ -110,7 +80,6 @@ class Response:
         return b"".join(data for _, data in self.pieces)
 
     def _walk(self, stamp_ns: int, data: bytes) -> None:
-        self._walked_bytes += len(data)
         if self._state is _State.HEAD:
             data = self._read_heads(self._rest + data)
         if self._state is _State.LENGTH:
@@ -160,7 +129,6 @@ class Response:
             if encoding.lower() != "chunked":
                 raise MalformedError(f"an unknown transfer encoding: {encoding[:40]!r}")
             self._state = _State.CHUNK_SIZE
-            self._waits = True
         elif length is not None:
             if not length.isascii() or not length.isdigit():
                 raise MalformedError(f"not a content length: {length[:40]!r}")
@@ -183,8 +151,6 @@ class Response:
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, size = 0, len(data)
-        if self._state is _State.CHUNK_SIZE:
-            at = self._read_whole_chunks(stamp_ns, data)
         while at < size:
             if self._state is _State.CHUNK_DATA:
                 piece = data[at : at + self._left]
@@ -203,14 +169,19 @@ class Response:
                     return
                 self._read_line(data[at:end])
                 at = end + 2
+                if self._state is _State.CHUNK_SIZE:
+                    at = self._read_whole_chunks(stamp_ns, data, at)
 
-    def _read_whole_chunks(self, stamp_ns: int, data: bytes) -> int:
-        """Nearly all chunks come whole; returns where those end that did."""
-        at = 0
-        while (end := data.find(b"\r\n", at)) >= 0:
+    def _read_whole_chunks(self, stamp_ns: int, data: bytes, at: int) -> int:
+        """Read the chunks from `at` on that have come whole, as nearly all do; returns where they end."""
+        size = len(data)
+        while at < size:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                break
             start = end + 2
             stop = start + _chunk_size(data[at:end])
-            if start == stop or data[stop : stop + 2] != b"\r\n":
+            if start == stop or not data.startswith(b"\r\n", stop):
                 break
             self.pieces.append((stamp_ns, data[start:stop]))
             at = stop + 2
@@ -263,8 +234,9 @@ def events(pieces: Sequence[Piece]) -> list[Piece]:
         while reached < end:
             stamp_ns, data = next(remaining)
             reached += len(data)
-        payload = _event_data(event)
-        if payload is not None:
+        if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:  # nearly every event
+            found.append((stamp_ns, event[6:]))
+        elif (payload := _event_data(event)) is not None:
             found.append((stamp_ns, payload))
     return found
 
@@ -290,7 +262,5 @@ def _cut_at_newlines(body: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _event_data(event: bytes) -> bytes | None:
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:  # nearly every event
-        return event[6:] if event[5:6] == b" " else event[5:]
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines) if lines else None
