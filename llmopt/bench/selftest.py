@@ -24,12 +24,13 @@ from typing import Any
 from llmopt.artifacts.outcome import Json
 from llmopt.bench.serving import serving
 from llmopt.bench.trial import Trial
+from llmopt.bench.truth import STREAMS
 from llmopt.errors import LlmoptError, MeasurementInvalidError
 
 TOKENS = 64  # of every answer
 TTFT_MS, GAP_MS = 100.0, 10.0
 _STREAM_S = (TTFT_MS + (TOKENS - 1) * GAP_MS) / 1e3
-_BYTES_A_TOKEN = 450  # that a stored chunk takes: about 200 bytes of the stream, and Python's objects around them
+_BYTES_A_TOKEN = len(STREAMS[b"/v1/chat/completions"].token)  # that are received, and held until they are read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
