@@ -209,7 +209,7 @@ def held(log: Mapping[str, Any], streams: int) -> float:
 
 def _arrivals_per_s(log: Mapping[str, Any]) -> float:
     arrivals = sorted(request["arrived_ns"] for request in log["requests"])
-    return (len(arrivals) - 1) / max(1, arrivals[-1] - arrivals[0]) * 1e9
+    return float((len(arrivals) - 1) / max(1, arrivals[-1] - arrivals[0]) * 1e9)
 
 
 def _coalesced(requests: Sequence[Mapping[str, Any]]) -> float:
