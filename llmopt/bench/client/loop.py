@@ -139,32 +139,32 @@ class Driver(Generic[R]):
 
     def _turn(self, until_ns: int | None = None) -> None:
         """Wait until something is to be done, and do it."""
-        connections = self._connections
         timers = self._timers
         if self._store.full:
-            ready = connections.wait(0)
+            ready = self._connections.wait(0)
             if not ready or self._store.overfull:
                 self._store.read_one()
         else:
             due_ns = timers.next_ns
-            ready = connections.wait(due_ns if until_ns is None or (due_ns and due_ns < until_ns) else until_ns)
+            ready = self._connections.wait(due_ns if until_ns is None or due_ns < until_ns else until_ns)
         if ready:
             self._stamps.look()
-        for number, mask in ready:
-            link = connections.links.get(number)
-            if link is None:
-                continue  # it was closed in this turn
-            if link.connected and mask == select.EPOLLIN:
-                self._receive(link)
-            else:
-                self._serve(link, mask)
-            if self._soon:
-                self._start_all()
-        while (due_ns := timers.next_ns) is not None and due_ns <= monotonic_ns():
+            links = self._connections.links
+            for number, mask in ready:
+                link = links.get(number)
+                if link is None:
+                    continue  # it was closed in this turn
+                if link.connected and mask == select.EPOLLIN:
+                    self._receive(link)
+                else:
+                    self._serve(link, mask)
+                if self._soon:
+                    self._start_all()
+        while timers.next_ns <= monotonic_ns():
             when_ns, item = timers.pop()
             if not isinstance(item, Link):
                 self._start(item, when_ns)
-            elif connections.is_late(item, when_ns):
+            elif self._connections.is_late(item, when_ns):
                 self._end(item, monotonic_ns(), Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
             self._start_all()
 
