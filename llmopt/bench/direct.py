@@ -95,12 +95,14 @@ class Direct:
                 raise LlmoptError(f"`{self._name}` was not loaded within {timeout_s:g} s", hint=last_lines(self._log))
 
     def drive(self, plan: Plan) -> Load[Record]:
-        """The closed loop of the plan; its targets do not matter. Raises MeasurementInvalidError if the engine dies.
+        """The closed loop of the plan; its targets do not matter.
 
-        Conversations are not followed: only the first turn of each is asked.
+        Raises MeasurementInvalidError if the engine dies, Interrupted on Ctrl-C.
         """
         if plan.streams is None:
             raise LlmoptError("an engine without a server has no open loop", hint="give `--concurrency`")
+        if any(job.then is not None for job in plan.jobs):
+            raise LlmoptError("an engine without a server has no conversations", hint="give a workload of one turn")
         loop = _ClosedLoop(self, plan, time.monotonic_ns())
         cpu_ns = time.thread_time_ns()
         interrupted = False

@@ -148,6 +148,13 @@ def test_there_is_no_open_loop(command: Any, tmp_path: Path) -> None:
         drive_direct("candidate", tmp_path, tmp_path / "log", plan(streams=None), command("good"))
 
 
+def test_there_are_no_conversations(command: Any, tmp_path: Path) -> None:
+    talk = plan()
+    talk.jobs[0].then = lambda exchange: None
+    with pytest.raises(LlmoptError, match="no conversations"):
+        drive_direct("candidate", tmp_path, tmp_path / "log", talk, command("good"))
+
+
 def test_the_child_is_told_the_body_of_the_request() -> None:
     job = plan(1).jobs[0]
     assert json.loads(job.request.partition(b"\r\n\r\n")[2])["prompt"] == "x"
