@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -19,15 +18,17 @@ from llmopt.bench.endpoints import ENDPOINTS, Endpoint
 from llmopt.bench.metrics.records import Record, read
 from llmopt.bench.serving import Server, last_lines
 from llmopt.bench.settings import BenchSettings, LoadShape, Subject
-from llmopt.bench.workload.arrivals import arrivals_s
+from llmopt.bench.workload.arrivals import arrivals_s, replay_s
 from llmopt.bench.workload.jobs import jobs
 from llmopt.bench.workload.source import Conversation, Source
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
+    from llmopt.bench.direct import Direct
     from llmopt.bench.metrics.figures import Level
 
 _POOL = 512  # distinct conversations of a closed loop that ends by time
+_NOWHERE = "http://in-process"  # where requests go that are sent nowhere
 _FULL = 0.85  # of a core: a client process that takes more is given another beside it
 
 
@@ -50,7 +51,7 @@ class Served:
     model: str
     urls: tuple[str, ...]
     server: Server | None = None
-    direct: Path | None = None
+    direct: Direct | None = None  # in place of a server: the engine in a process without one
 
     @property
     def is_here(self) -> bool:
@@ -61,7 +62,8 @@ class Served:
 
 def prepare(settings: BenchSettings, load: LoadShape, source: Source, seed: int) -> Work:
     """Take from the source what this level sends: the warm-up first, then all that is measured."""
-    warmup = source.take(settings.warmup)
+    # The first turns will do: later ones would be waited for as long as a user thinks.
+    warmup = [replace(each, turns=each.turns[:1]) for each in source.take(settings.warmup)]
     count = settings.requests_at(load)
     if load.streams is not None:
         pool = _POOL if count is None else count
@@ -80,7 +82,7 @@ def prepare(settings: BenchSettings, load: LoadShape, source: Source, seed: int)
         return Work(load=load, warmup=warmup, measured=measured, at_s=at_s[: len(measured)], repeat=False)
     source.rewind()  # a trace is the same in every round
     measured = source.take(source.size or 0 if count is None else count)
-    times = [(each.at_s or 0.0) / settings.speed for each in measured]
+    times = replay_s([each.at_s or 0.0 for each in measured], speed=settings.speed) if measured else []
     last_s = settings.duration_s if settings.duration_s is not None else math.inf
     kept = [(each, at_s) for each, at_s in zip(measured, times, strict=True) if at_s < last_s]
     return Work(load=load, warmup=warmup, measured=[e for e, _ in kept], at_s=[at for _, at in kept], repeat=False)
@@ -172,9 +174,7 @@ class Loader:
 
     def _drive(self, served: Served, plan: Plan, watch: Callable[[Watch], None] | None) -> Load[Record]:
         if served.direct is not None:
-            from llmopt.bench.direct import drive_direct
-
-            return drive_direct(served.direct, plan, self.endpoint, log=None)
+            return served.direct.drive(plan)
         try:
             load = workers.drive(
                 plan, partial(read, endpoint=self.settings.endpoint), processes=self.processes, watch=watch
@@ -197,7 +197,8 @@ class Loader:
     ) -> Plan:
         headers = self.headers if served.server is None else ()
         path = self.endpoint.path_for(served.model)
-        targets = tuple(Target(preflight.base_url(url), path, headers) for url in served.urls)
+        urls = served.urls or (_NOWHERE,)
+        targets = tuple(Target(preflight.base_url(url), path, headers) for url in urls)
         at_ns = None if work is None or work.at_s is None else [round(at * 1e9) for at in work.at_s]
         settings = self.settings
         return Plan(

@@ -217,8 +217,11 @@ class _Bench:
         if subject.engine is None:
             raise LlmoptError(f"`{subject.name}` is neither a URL nor an engine", hint="give one of them")
         if self.settings.in_process:
+            from llmopt.bench.direct import running
+
             self.models[subject.name] = subject.engine.name
-            yield Served(subject=subject, model=subject.engine.name, urls=(), direct=subject.engine)
+            with running(subject.name, subject.engine, self.out / f"engine-{subject.name}.log") as direct:
+                yield Served(subject=subject, model=subject.engine.name, urls=(), direct=direct)
             return
         self.progress(f"{subject.name}: starting its server")
         log = self.out / f"server-{subject.name}.log"

@@ -29,7 +29,6 @@ from llmopt.errors import LlmoptError, MeasurementInvalidError
 TOKENS = 64  # of every answer
 TTFT_MS, GAP_MS = 100.0, 10.0
 _STREAM_S = (TTFT_MS + (TOKENS - 1) * GAP_MS) / 1e3
-_BYTES_A_TOKEN = 450  # that a stored chunk takes: about 200 bytes of the stream, and Python's objects around them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +143,7 @@ def judge(trial: Trial, seen: Mapping[str, Any], log: Mapping[str, Any], begun_n
         "waited": seen["waited_s"] / wall_s,
         "start_s": (first_ns - begun_ns) / 1e9,
         "peak_rss_mb": seen["peak_rss_bytes"] / 1e6,
-        "data_mb": tokens * _BYTES_A_TOKEN / 1e6,
+        "data_mb": seen["data_bytes"] / 1e6,
         "stamps": seen["stamps"],
         "coalesced": _coalesced(answered),
         "transit_us": _transit(answered, truth),
@@ -208,7 +207,7 @@ def held(log: Mapping[str, Any], streams: int) -> float:
 
 def _arrivals_per_s(log: Mapping[str, Any]) -> float:
     arrivals = sorted(request["arrived_ns"] for request in log["requests"])
-    return (len(arrivals) - 1) / max(1, arrivals[-1] - arrivals[0]) * 1e9
+    return float((len(arrivals) - 1) / max(1, arrivals[-1] - arrivals[0]) * 1e9)
 
 
 def _coalesced(requests: Sequence[Mapping[str, Any]]) -> float:
@@ -279,7 +278,7 @@ def table(result: Mapping[str, Any]) -> str:
         ["tokens/s that a core can", *(f"{level['tokens_per_core_s']:.0f}" for level in levels)],
         ["start to first request, s", *(f"{level['start_s']:.2f}" for level in levels)],
         ["peak RSS, MB", *(f"{level['peak_rss_mb']:.0f}" for level in levels)],
-        ["  of it data, about", *(f"{level['data_mb']:.0f}" for level in levels)],
+        ["requests and answers, MB", *(f"{level['data_mb']:.0f}" for level in levels)],
         ["client waited for its core", *(f"{level['waited']:.1%}" for level in levels)],
         ["tokens that came together", *(f"{level['coalesced']:.2%}" for level in levels)],
         ["server: late p99, ms", *(f"{level['server']['late_us']['p99'] / 1e3:.2f}" for level in levels)],

@@ -10,14 +10,13 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmopt.bench.client.base import Job, Plan, Target
+from llmopt.bench.client.base import Exchange, Job, Plan, Target
 from llmopt.bench.client.loop import drive
 from llmopt.bench.endpoints import ENDPOINTS
-from llmopt.bench.metrics.records import read
+from llmopt.bench.metrics.records import Record, read
 from llmopt.memory import usage
 
 ENDPOINT = "chat"
@@ -61,12 +60,13 @@ def run(trial: Trial) -> dict[str, Any]:
     """Drive the load here; CPU seconds include the connecting and all parsing."""
     prepared = plan(trial)
     before_s, waited_before_s = time.process_time(), _waited_s()
-    load = drive(prepared, partial(read, endpoint=ENDPOINT))
+    load = drive(prepared, _read)
     cpu_s = time.process_time() - before_s
     return {
         "cpu_s": cpu_s,
         "waited_s": _waited_s() - waited_before_s,
         "peak_rss_bytes": usage()["peak_rss_bytes"],
+        "data_bytes": sum(len(job.request) for job in prepared.jobs) + sum(received for _, received in load.records),
         "stamps": load.stamps,
         "requests": [
             {
@@ -76,9 +76,14 @@ def run(trial: Trial) -> dict[str, Any]:
                 "stamps_ns": list(record.stamps_ns),
                 "failure": record.failure and record.failure.kind,
             }
-            for record in load.records
+            for record, _ in load.records
         ],
     }
+
+
+def _read(exchange: Exchange) -> tuple[Record, int]:
+    """With the bytes that were received."""
+    return read(exchange, ENDPOINT), exchange.response.received_bytes if exchange.response is not None else 0
 
 
 def _waited_s() -> float:

@@ -134,6 +134,8 @@ class TruthServer:
         """A socket that listens on loopback, and its port."""
         listener = socket.create_server(("127.0.0.1", port), backlog=4096)
         listener.setblocking(False)
+        # For all that are accepted, too. The kernel begins to stamp a while after the first socket asks for it.
+        listener.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._epoll.register(listener.fileno(), select.EPOLLIN)
         return listener, listener.getsockname()[1]
 
@@ -201,7 +203,6 @@ class TruthServer:
                 return
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             self._connections[connection.fileno()] = _Connection(connection)
             self._epoll.register(connection.fileno(), select.EPOLLIN)
 

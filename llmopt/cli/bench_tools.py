@@ -137,9 +137,8 @@ def history(
         lines.append(f"{one.level} {one.metric}: {len(one.values)} reports, {first} to {last}, now {one.values[-1]:g}")
         for change in one.changes:
             at = one.reports[change.index]
-            lines.append(
-                f"  {change.change:+.1%} from {at.artifact[:19]} of {_day(at)} on: {change.before:.4g} -> {change.after:.4g}"
-            )
+            figures = f"{change.before:.4g} -> {change.after:.4g}"
+            lines.append(f"  {change.change:+.1%} from {at.artifact[:19]} of {_day(at)} on: {figures}")
         if not one.changes:
             lines.append("  no change")
     session.console.result("\n".join(lines), {"reports": len(found), "series": [one.to_json() for one in series]})

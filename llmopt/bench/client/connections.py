@@ -20,6 +20,7 @@ _OPENING = 64  # at once before the load: more may be more than the server's que
 _BATCH = 64  # events between two looks at the timers
 _COARSE_NS = 2_000_000  # epoll counts in milliseconds: the last ones before a timer are waited for with select
 _SELECTABLE = 1024
+_NEVER = 1 << 62
 
 #: what a timer is for: a job that starts, a stream that wants its next job (None), a connection whose time may be up
 Item: TypeAlias = Job | Link | None
@@ -29,27 +30,26 @@ class Timers:
     """Items by the time at which they are due."""
 
     def __init__(self) -> None:
+        self.next_ns = _NEVER
         self._heap: list[tuple[int, int, Item]] = []
         self._order = count()
 
-    @property
-    def next_ns(self) -> int | None:
-        return self._heap[0][0] if self._heap else None
-
     def add(self, when_ns: int, item: Item) -> None:
         heapq.heappush(self._heap, (when_ns, next(self._order), item))
+        self.next_ns = self._heap[0][0]
 
     def pop(self) -> tuple[int, Item]:
         when_ns, _, item = heapq.heappop(self._heap)
+        self.next_ns = self._heap[0][0] if self._heap else _NEVER
         return when_ns, item
 
     def drop_starts(self) -> int:
         """Take out what would start; returns how many these are."""
-        kept = [entry for entry in self._heap if isinstance(entry[2], Link)]
-        dropped = len(self._heap) - len(kept)
-        self._heap[:] = kept
+        before = len(self._heap)
+        self._heap = [entry for entry in self._heap if isinstance(entry[2], Link)]
         heapq.heapify(self._heap)
-        return dropped
+        self.next_ns = self._heap[0][0] if self._heap else _NEVER
+        return before - len(self._heap)
 
 
 class Connections:
@@ -86,14 +86,12 @@ class Connections:
             turn()
         self._before_load = False
 
-    def wait(self, until_ns: int | None) -> list[tuple[int, int]]:
+    def wait(self, until_ns: int) -> list[tuple[int, int]]:
         """The events of sockets; none of them when the time has come."""
         poll = self._epoll.poll
-        if until_ns is None:
-            return poll(None, _BATCH)
         wait_ns = until_ns - monotonic_ns()
         if wait_ns > _COARSE_NS:
-            return poll((wait_ns - _COARSE_NS // 2) / 1e9, _BATCH)
+            return poll(min(60.0, (wait_ns - _COARSE_NS // 2) / 1e9), _BATCH)
         ready = poll(0, _BATCH)
         if ready or wait_ns <= 0:
             return ready
@@ -182,7 +180,8 @@ class Connections:
             self.set_deadline(link, link.deadline_ns)
             return False
         if not link.connected:
-            self._attempt_again(link, Failure("timeout", f"no connection within {_CONNECT_TIMEOUT_S:g} s"))
+            what, kind = ("connection", "timeout") if link.secure is None else ("TLS handshake", "tls")
+            self._attempt_again(link, Failure(kind, f"no {what} within {_CONNECT_TIMEOUT_S:g} s"))
         return link.connected
 
     def _attempt(self, link: Link) -> None:

@@ -13,7 +13,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import cycle, islice
 from time import monotonic_ns
 from typing import Generic
@@ -28,6 +28,7 @@ from llmopt.bench.client.wire import MalformedError, Response
 _RECEIVE_BYTES = 16 * 1024
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
+_PATIENCE = 64
 _STALE_NS = 1_000_000_000  # a connection that was idle so long may be closed just when a request is sent
 
 
@@ -64,7 +65,7 @@ class Driver(Generic[R]):
         self._in_flight = 0
         self._timeout_ns = int(plan.timeout_s * 1e9)
         self._deadline_ns: int | None = None
-        self._patience = max(16, 4 * (plan.streams or 16))  # failures in a row after which the load is given up
+        self._patience = max(16, 4 * plan.streams) if plan.streams else _PATIENCE  # failures in a row to give up after
         self._late_ms: list[float] = []
 
     def connect(self) -> None:
@@ -139,33 +140,33 @@ class Driver(Generic[R]):
 
     def _turn(self, until_ns: int | None = None) -> None:
         """Wait until something is to be done, and do it."""
-        connections = self._connections
         timers = self._timers
         if self._store.full:
-            ready = connections.wait(0)
+            ready = self._connections.wait(0)
             if not ready or self._store.overfull:
                 self._store.read_one()
         else:
             due_ns = timers.next_ns
-            ready = connections.wait(due_ns if until_ns is None or (due_ns and due_ns < until_ns) else until_ns)
+            ready = self._connections.wait(due_ns if until_ns is None or due_ns < until_ns else until_ns)
         if ready:
             self._stamps.look()
-        for number, mask in ready:
-            link = connections.links.get(number)
-            if link is None:
-                continue  # it was closed in this turn
-            if link.connected and mask == select.EPOLLIN:
-                self._receive(link)
-            else:
-                self._serve(link, mask)
-            if self._soon:
-                self._start_all()
-        while (due_ns := timers.next_ns) is not None and due_ns <= monotonic_ns():
+            links = self._connections.links
+            for number, mask in ready:
+                link = links.get(number)
+                if link is None:
+                    continue  # it was closed in this turn
+                if link.connected and mask == select.EPOLLIN:
+                    self._receive(link)
+                else:
+                    self._serve(link, mask)
+                if self._soon:
+                    self._start_all()
+        while timers.next_ns <= monotonic_ns():
             when_ns, item = timers.pop()
             if not isinstance(item, Link):
                 self._start(item, when_ns)
-            elif connections.is_late(item, when_ns):
-                self._end_early(item, Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
+            elif self._connections.is_late(item, when_ns):
+                self._end(item, monotonic_ns(), Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
             self._start_all()
 
     def _receive(self, link: Link) -> None:
@@ -217,7 +218,7 @@ class Driver(Generic[R]):
 
     def _start(self, job: Job | None, due_ns: int | None) -> None:
         """Send a job, or the next one of a stream."""
-        if self._is_over():
+        if self._is_over(due_ns):
             self._alive -= 1
             return
         if job is None:
@@ -240,19 +241,25 @@ class Driver(Generic[R]):
         if not self._closed_loop and len(pool.idle) + pool.opening < 2 + pool.size // 16:
             self._connections.open(pool, None)  # so that the next one need not wait for a connection
 
-    def _is_over(self) -> bool:
-        """No job may start any more; those that wait are dropped."""
-        given_up = self._store.failures_in_a_row >= self._patience
-        if not given_up and (self._deadline_ns is None or monotonic_ns() < self._deadline_ns):
-            return False
-        self._alive -= self._timers.drop_starts()
+    def _is_over(self, due_ns: int | None) -> bool:
+        """Whether what is due then, or now, may not start any more."""
+        if self._store.failures_in_a_row >= self._patience:
+            self._alive -= self._timers.drop_starts() + len(self._held_back)
+            self._held_back.clear()
+            return True
+        return self._deadline_ns is not None and (due_ns or monotonic_ns()) >= self._deadline_ns
+
+    def _let_go(self) -> None:
+        """There is room for one that was held back; at the load's end those still held back are failures."""
+        if self._deadline_ns is None or monotonic_ns() < self._deadline_ns:
+            self._soon.append(self._held_back.popleft())
+            return
         while self._held_back:
             exchange = Exchange(*self._held_back.popleft())
             exchange.sent_ns = exchange.end_ns = monotonic_ns()
             exchange.failure = Failure("unsent", "due, but held back by the limit of requests in flight to the end")
             self._store.keep(exchange)
             self._alive -= 1
-        return True
 
     def _stands(self, link: Link) -> None:
         if link.exchange is None:
@@ -285,21 +292,11 @@ class Driver(Generic[R]):
             self._connections.close(link)
             self._connections.open(link.pool, exchange)
             return
-        why = f" ({error})" if error else ""
-        cut = Failure("cut", f"the server closed the connection after {received} bytes{why}")
-        self._end_early(link, cut, closed=True)
-
-    def _end_early(self, link: Link, failure: Failure | None, *, closed: bool = False) -> None:
-        """Without a known end of the response; unless what came shows one when it is looked through."""
-        exchange = link.exchange
-        if exchange is None or exchange.response is None:
+        if exchange.response is not None and exchange.response.closed():
+            self._end(link, monotonic_ns(), None)
             return
-        try:
-            if exchange.response.closed() if closed else exchange.response.settle():
-                failure = None
-        except MalformedError as error:
-            failure = Failure("malformed", str(error))
-        self._end(link, monotonic_ns(), failure)
+        why = f" ({error})" if error else ""
+        self._end(link, monotonic_ns(), Failure("cut", f"the server closed the connection after {received} bytes{why}"))
 
     def _end(self, link: Link, end_ns: int, failure: Failure | None) -> None:
         exchange = link.exchange
@@ -332,7 +329,8 @@ class Driver(Generic[R]):
 
     def _go_on(self, exchange: Exchange) -> None:
         """What follows on an exchange that has ended: the conversation, the stream's next job, or nothing."""
-        self._patience = max(self._patience, 4 * self._in_flight)
+        if not self._closed_loop:
+            self._patience = max(self._patience, _PATIENCE + self._in_flight)
         self._in_flight -= 1
         follower = exchange.job.then(exchange) if exchange.job.then is not None else None
         if follower is not None and follower.due_ns is not None:
@@ -345,7 +343,7 @@ class Driver(Generic[R]):
         else:
             self._alive -= 1
         if self._held_back:
-            self._soon.append(self._held_back.popleft())
+            self._let_go()
 
     def _cut(self) -> None:
         """Keep what is in flight as it is."""
@@ -354,14 +352,12 @@ class Driver(Generic[R]):
             exchange = link.exchange
             if exchange is None or exchange.response is None or exchange is self._store.last:
                 continue
-            with suppress(MalformedError):
-                exchange.response.settle()
             exchange.end_ns, exchange.failure = now, Failure("interrupted", "Ctrl-C came before its end")
             self._store.keep(exchange)
 
     def _state(self, elapsed_ns: int) -> Watch:
         exchanges = [link.exchange for link in self._connections.links.values() if link.exchange is not None]
-        chunks = sum(exchange.response.receives for exchange in exchanges if exchange.response is not None)
+        chunks = sum(len(exchange.response.pieces) for exchange in exchanges if exchange.response is not None)
         return Watch(
             elapsed_s=max(0, elapsed_ns) / 1e9,
             in_flight=self._in_flight,

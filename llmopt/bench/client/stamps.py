@@ -13,6 +13,7 @@ _SO_TIMESTAMPNS = 35  # on x86 and Arm; Python's socket module has no name for i
 _LAG_SAMPLES = 20_000
 _AT_ONCE_NS = 1_000  # two readings that are further apart had something between them
 _TRIES = 5
+_LOOK_EVERY_NS = 1_000_000
 
 
 def ask_kernel(sock: socket.socket) -> None:
@@ -26,8 +27,8 @@ def ask_kernel(sock: socket.socket) -> None:
 class Stamps:
     """Stamps of receives: the kernel's where there is one, else of the moment of reading.
 
-    The kernel stamps by the wall clock, and that may be moved: `look` sets the two clocks against each other before
-    each batch of receives, and keeps the last comparison where the processor was taken from us between two readings.
+    The kernel stamps by the wall clock, and that may be moved: `look`, before each batch of receives, compares the two
+    clocks anew, and keeps the last comparison where the processor was taken from us between two readings.
     """
 
     def __init__(self, kernel: bool) -> None:
@@ -37,6 +38,7 @@ class Stamps:
         self._every = 1  # so many receives make a sample of the lag
         self._countdown = 1
         self._offset_ns = 0
+        self._look_ns = 0  # when the clocks are to be compared again
         self._woken_ns = 0
         self._unpack = struct.Struct("@qq").unpack
 
@@ -52,12 +54,16 @@ class Stamps:
         return [lag / 1e6 for lag in self._lags_ns]
 
     def look(self) -> None:
+        self._woken_ns = before = monotonic_ns()
+        if before < self._look_ns:
+            return
         for _ in range(_TRIES):
             before = monotonic_ns()
             wall = time.time_ns()
-            self._woken_ns = after = monotonic_ns()
+            after = monotonic_ns()
             if after - before < _AT_ONCE_NS:
                 self._offset_ns = wall - (before + after) // 2
+                self._look_ns = after + _LOOK_EVERY_NS
                 return
         if not self._offset_ns:
             self._offset_ns = wall - after
@@ -66,7 +72,7 @@ class Stamps:
         """The stamp of what `recvmsg` has just brought for a request that was sent at `sent_ns`."""
         stamp_ns = now = monotonic_ns()
         since_ns = self._woken_ns
-        kernel_ns = 0
+        kernel_ns = sent_ns - 1
         if ancillary:
             seconds, nanoseconds = self._unpack(ancillary[0][2])
             kernel_ns = seconds * 1_000_000_000 + nanoseconds - self._offset_ns

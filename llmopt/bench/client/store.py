@@ -21,14 +21,10 @@ class Store(Generic[R]):
         self.failed = 0
         self.chunks = 0
         self.failures_in_a_row = 0
+        self.full = False  # answers should be read when there is time for it
         self._read = read
         self._unread: deque[Exchange] = deque()
         self._unread_bytes = 0
-
-    @property
-    def full(self) -> bool:
-        """Answers should be read when there is time for it."""
-        return self._unread_bytes > _HELD_BYTES
 
     @property
     def overfull(self) -> bool:
@@ -44,8 +40,9 @@ class Store(Generic[R]):
         self.last = exchange
         self._unread.append(exchange)
         if response is not None:
-            self.chunks += response.receives
+            self.chunks += len(response.pieces)
             self._unread_bytes += response.received_bytes
+            self.full = self._unread_bytes > _HELD_BYTES
 
     def read_one(self) -> None:
         exchange = self._unread[0]
@@ -53,6 +50,7 @@ class Store(Generic[R]):
         self._unread.popleft()
         if exchange.response is not None:
             self._unread_bytes -= exchange.response.received_bytes
+            self.full = self._unread_bytes > _HELD_BYTES
 
     def read_all(self) -> bool:
         """False when Ctrl-C came; they are read all the same, unless it comes again."""

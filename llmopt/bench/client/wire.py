@@ -1,14 +1,14 @@
 """HTTP/1.1 responses and server-sent events as bytes; every piece keeps the stamp of the receive that brought it.
 
-Where a response ends must be known at once, since the next request waits for it; all else can wait. So a chunked body
-is stored as it comes, and its framing is walked only when the bytes may be its last: when they end in a blank line.
-Events are cut out after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
+Framing (where does this response end?) is done as the bytes come, since the next request waits for it: a walk at the
+end would come just then, and for all streams together where they go in step. Nothing else is done: events are cut out
+after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
 from typing import TypeAlias
@@ -41,31 +41,17 @@ class _State(Enum):
 class Response:
     """One response, fed with the bytes of each receive until `complete`.
 
-    `status` is 0 until the head is in; `pieces` is the body without its framing. They are up to date when the response
-    is complete, and after `settle` or `closed`.
+    `status` is 0 until the head is in; `pieces` is the body without its framing; `received_bytes` counts everything.
     """
 
-    __slots__ = (
-        "_left",
-        "_raw",
-        "_rest",
-        "_state",
-        "_waits",
-        "_walked_bytes",
-        "headers",
-        "keep_alive",
-        "pieces",
-        "status",
-    )
+    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "status")
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.pieces: list[Piece] = []
         self.keep_alive = True
-        self._walked_bytes = 0
-        self._raw: list[Piece] = []  # received and not looked at
-        self._waits = False  # until a blank line, since only that can be the end
+        self.received_bytes = 0
         self._state = _State.HEAD
         self._left = 0  # bytes of the chunk or body still to come
         self._rest = b""  # the beginning of a head or line whose end has not come
@@ -74,38 +60,18 @@ class Response:
     def complete(self) -> bool:
         return self._state is _State.COMPLETE
 
-    @property
-    def received_bytes(self) -> int:
-        """With the head and the framing."""
-        return self._walked_bytes + sum(len(data) for _, data in self._raw)
-
-    @property
-    def receives(self) -> int:
-        """About one for each event of a stream."""
-        return len(self.pieces) + len(self._raw)
-
     def feed(self, stamp_ns: int, data: bytes) -> bool:
         """Take what one receive brought; True when the response is complete. Raises MalformedError."""
-        self._raw.append((stamp_ns, data))
-        if self._waits and not data.endswith(b"\r\n\r\n") and len(data) > 3:
-            return False
-        return self.settle()
-
-    def settle(self) -> bool:
-        """Walk the framing of all that has come; True when the response is complete. Raises MalformedError."""
-        raw, self._raw = self._raw, []
-        for stamp_ns, data in raw:
-            self._walked_bytes += len(data)
-            if self._state is not _State.CHUNK_SIZE or self._rest:
-                self._walk(stamp_ns, data)
-            elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
-                self._read_chunks(stamp_ns, data[at:])
+        self.received_bytes += len(data)
+        if self._state is not _State.CHUNK_SIZE or self._rest:
+            self._walk(stamp_ns, data)
+        elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
+            self._read_chunks(stamp_ns, data[at:])
         return self._state is _State.COMPLETE
 
     def closed(self) -> bool:
-        """The connection has ended; True if the response is complete with that. Raises MalformedError."""
+        """The connection has ended; True if the response is complete with that."""
         self.keep_alive = False
-        self.settle()
         if self._state is _State.UNTIL_CLOSE:
             self._state = _State.COMPLETE
         return self.complete
@@ -163,7 +129,6 @@ class Response:
             if encoding.lower() != "chunked":
                 raise MalformedError(f"an unknown transfer encoding: {encoding[:40]!r}")
             self._state = _State.CHUNK_SIZE
-            self._waits = True
         elif length is not None:
             if not length.isascii() or not length.isdigit():
                 raise MalformedError(f"not a content length: {length[:40]!r}")
@@ -258,42 +223,32 @@ def events(pieces: Sequence[Piece]) -> list[Piece]:
     Line ends are LF, CRLF or CR; comments and other fields are dropped. An event at the very end whose blank line is
     missing counts, as common servers leave it out behind `[DONE]`.
     """
-    if not pieces:
-        return []
+    found = []
+    for stamp_ns, data in pieces:
+        one_line = data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n") and data.startswith(b"data: ")
+        if not one_line or b"\r" in data:
+            return _cut(pieces)
+        found.append((stamp_ns, data[6:-2]))
+    return found  # every piece was one event, as nearly always
+
+
+def _cut(pieces: Sequence[Piece]) -> list[Piece]:
+    """The events of any body."""
     body = b"".join([data for _, data in pieces])
     found: list[Piece] = []
     remaining = iter(pieces)
-    stamp_ns, data = next(remaining)
-    reached = len(data)
-    for event, end in _cut(body) if b"\r" in body else _cut_at_newlines(body):
-        while reached < end:
+    start = reached = stamp_ns = 0
+    while start < len(body):
+        blank = _BLANK_LINE.search(body, start)
+        end, following = (blank.start(), blank.end()) if blank else (len(body), len(body))
+        while reached < following:
             stamp_ns, data = next(remaining)
             reached += len(data)
-        if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:  # nearly every event
-            found.append((stamp_ns, event[6:]))
-        elif (payload := _event_data(event)) is not None:
+        payload = _event_data(body[start:end])
+        if payload is not None:
             found.append((stamp_ns, payload))
+        start = following
     return found
-
-
-def _cut(body: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each event with the place where its blank line ends."""
-    start = 0
-    for blank in _BLANK_LINE.finditer(body):
-        yield body[start : blank.start()], blank.end()
-        start = blank.end()
-    yield body[start:], len(body)
-
-
-def _cut_at_newlines(body: bytes) -> Iterator[tuple[bytes, int]]:
-    """As `_cut`, for the usual body whose only line end is LF."""
-    end = 0
-    events = body.split(b"\n\n")
-    last = events.pop()
-    for event in events:
-        end += len(event) + 2
-        yield event, end
-    yield last, len(body)
 
 
 def _event_data(event: bytes) -> bytes | None:

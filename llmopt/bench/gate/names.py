@@ -9,20 +9,33 @@ from llmopt.errors import SettingsError, nearest
 Better = Literal["lower", "higher"]
 
 # Times of single requests (or gaps): milliseconds, shorter is better; a report has their percentiles.
-TIMES = ("ttft_ms", "answer_ms", "itl_ms", "tpot_ms", "itl_request_mean_ms", "e2e_ms")
-RATES = ("tokens_per_s", "requests_per_s", "goodput_per_s")
-SHARES = {"goodput_share": "higher", "error_share": "lower"}
-COUNTS = ("errors",)
+TIMES = (
+    "ttft_ms",
+    "ttft_scheduled_ms",
+    "answer_ms",
+    "itl_ms",
+    "itl_request_mean_ms",
+    "tpot_ms",
+    "e2e_ms",
+    "e2e_scheduled_ms",
+)
+SHARES = ("goodput_share", "error_share")
 PERCENTILES = ("p50", "p90", "p95", "p99", "p99.9", "mean")
 
 # What is compared where nobody says: the start, the stream, the whole, the rate.
 GATED = ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_p50", "tokens_per_s")
 
 _SCALARS: dict[str, Better] = {
-    **dict.fromkeys(RATES, "higher"),
+    "tokens_per_s": "higher",
+    "total_tokens_per_s": "higher",
+    "steady_tokens_per_s": "higher",
+    "peak_tokens_per_s": "higher",
+    "requests_per_s": "higher",
+    "goodput_per_s": "higher",
     "goodput_share": "higher",
     "error_share": "lower",
     "errors": "lower",
+    "joules_per_token": "lower",
 }
 _BEYOND = 10  # requests that have to lie beyond a percentile before it is more than chance
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmopt.artifacts.outcome import Json
 from llmopt.bench.gate import statistics
-from llmopt.bench.gate.names import GATED, TIMES, better, joined, names, split
+from llmopt.bench.gate.names import GATED, better, joined, names, split
 from llmopt.bench.gate.verdict import Comparison, Judgement, check, decided, in_words, overall, settled, unknown
 from llmopt.errors import LlmoptError, MeasurementInvalidError, nearest
 
@@ -24,6 +24,7 @@ Report = Mapping[str, Any]
 
 _LEAST_ROUNDS = 3  # of two, Student's t widens the margin beyond any use
 _MUST_AGREE = {"settings": ("workload", "endpoint", "prompt_tokens", "output_tokens"), "environment": ("cpu", "cores")}
+_Z95 = 1.96
 _RANKS = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 
@@ -139,17 +140,25 @@ def _run(summary: Report, metric: str) -> Run:
 
 
 def _within(summary: Report, metric: str) -> float | None:
-    """How well the run's own percentile is known, as a deviation of its log: between order statistics (the binomial
-    interval of its rank), read from the percentiles that are stored; None where there are none."""
+    """How well the run's own figure is known, as a deviation of its log: from its interval of 95 %, or else from the
+    order statistics that its rank may lie between, as far as percentiles were stored; None where there is neither."""
     name, percentile = split(metric)
     spread = summary.get(name)
-    if name not in TIMES or percentile not in _RANKS or not isinstance(spread, Mapping) or not spread.get("count"):
+    if not isinstance(spread, Mapping) or percentile is None:
         return None
+    low, high = (spread.get("ci95") or {}).get(percentile) or _around(spread, percentile)
+    return float(math.log(high / low) / (2 * _Z95)) if 0 < low <= high else None
+
+
+def _around(spread: Report, percentile: str) -> tuple[float, float]:
+    """The interval of 95 % of a percentile's rank (binomial), read between the percentiles that there are."""
+    if percentile not in _RANKS or not spread.get("count"):
+        return 0.0, 0.0
     stored = [(rank, float(spread[key])) for key, rank in _RANKS.items() if isinstance(spread.get(key), int | float)]
     ranks, values = zip(*sorted(stored), strict=True)
-    half = math.sqrt(_RANKS[percentile] * (1 - _RANKS[percentile]) / spread["count"])
+    half = _Z95 * math.sqrt(_RANKS[percentile] * (1 - _RANKS[percentile]) / spread["count"])
     low, high = np.interp([_RANKS[percentile] - half, _RANKS[percentile] + half], ranks, values)
-    return float(math.log(high / low) / 2) if low > 0 else None
+    return float(low), float(high)
 
 
 def _widening(ours: Mapping[str, Report], theirs: Mapping[str, Report], levels: Sequence[str]) -> str:

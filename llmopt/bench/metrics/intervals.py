@@ -90,7 +90,7 @@ def _mean_interval(sums: Floats, clusters: int, mean: float, count: int) -> Inte
 
 def _clustered(ordered: Floats, owner: Ints, owners: int, share: float, point: float) -> Interval | None:
     """Woodruff: the interval of the share of values up to `point`, by clusters, carried over to the values."""
-    if owners < 2:
+    if owners < least_count(share):  # as if all values of a request were one
         return None
     count = len(ordered)
     upto = int(np.searchsorted(ordered, point, side="right"))

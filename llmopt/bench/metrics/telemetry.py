@@ -87,13 +87,14 @@ def watching(
     _sample(watch, sources, first=True)
     stop = threading.Event()
     thread = threading.Thread(target=_poll, args=(watch, sources, stop, interval_s), name="telemetry", daemon=True)
-    if sources:
+    told = sources.keys() - watch.missing.keys()
+    if told:
         thread.start()
     try:
         yield watch
     finally:
         stop.set()
-        if sources:
+        if told:
             thread.join()
 
 

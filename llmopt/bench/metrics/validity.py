@@ -14,7 +14,7 @@ import numpy as np
 from llmopt.bench.metrics.figures import Level, sent_and_due_per_s, streams_held
 from llmopt.bench.metrics.intervals import least_count
 from llmopt.bench.metrics.records import Record
-from llmopt.bench.metrics.sample import Sample, gaps_of
+from llmopt.bench.metrics.sample import Sample
 from llmopt.bench.settings import LoadShape
 
 MAX_ERROR_SHARE = 0.01
@@ -30,7 +30,8 @@ _LATE_SHARE = 0.1
 _MANY_LATE = 0.05
 _MANY_RECONNECTS = 0.05  # of the requests: then what streams wait for is the server, which closes connections
 _MUCH_COALESCED = 0.05
-_MUCH_LAG_MS = 2.0  # and _MUCH_LAG_SHARE of the median gap
+_RIGHT_STAMPS = ("kernel", "engine")  # however late they are read: only the next request of a stream suffers then
+_MUCH_LAG_MS = 2.0  # and _MUCH_LAG_SHARE of the median gap, or of the median request where stamps are right
 _MUCH_LAG_SHARE = 0.2
 
 
@@ -107,8 +108,7 @@ def notes(
     answered = [record for level in levels for record in level.records if record.failure is None]
     samples = [Sample(level.records, level.started_ns, level.window_ns) for level in levels]
     found = _of_answers(answered, asked_prompt_tokens) + _of_samples(samples)
-    gaps_ms, _, _ = gaps_of(samples)
-    found += _of_the_client(levels, float(np.median(gaps_ms)) if len(gaps_ms) else 0.0)
+    found += _of_the_client(levels, samples)
     return [f"`{levels[0].subject}` {levels[0].load.label}: {text}" for text in found]
 
 
@@ -147,13 +147,15 @@ def _of_samples(samples: Sequence[Sample]) -> list[str]:
     return found
 
 
-def _of_the_client(levels: Sequence[Level], gap_ms: float) -> list[str]:
+def _of_the_client(levels: Sequence[Level], samples: Sequence[Sample]) -> list[str]:
     found = []
     lags = [lag for level in levels for lag in level.lags_ms]
+    right = all(level.stamps in _RIGHT_STAMPS for level in levels)
+    suffers = [sample.times["e2e_ms"] if right else sample.gaps[0] for sample in samples]
+    suffers_ms = float(np.median(np.concatenate(suffers))) if sum(map(len, suffers)) else 0.0
     lag_ms = float(np.percentile(lags, 99)) if lags else 0.0
-    if lag_ms > max(_MUCH_LAG_MS, _MUCH_LAG_SHARE * gap_ms):
-        kernel = all(level.stamps == "kernel" for level in levels)
-        so = "next requests went out that much later" if kernel else "latencies are that much too long"
+    if lag_ms > max(_MUCH_LAG_MS, _MUCH_LAG_SHARE * suffers_ms):
+        so = "next requests went out that much later" if right else "latencies are that much too long"
         found.append(f"the client ran {lag_ms:.1f} ms late at p99, for want of CPU: {so}")
     if late := _late(levels):
         found.append(late)

@@ -11,7 +11,7 @@ import csv
 import json
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from llmopt.errors import LlmoptError, nearest
 Said: TypeAlias = tuple[tuple[str, str], ...]
 
 MOONCAKE_BLOCK_TOKENS = 512
+_MOST_TOKENS = 1 << 24  # that a row may ask for: more is a mistake
 _ROLES = ("system", "user", "assistant")
 _ROW_KEYS = ("prompt", "messages", "output_tokens", "at_s", "session", "think_s")
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -73,6 +74,7 @@ class Trace:
     blocks: array[int] = field(default_factory=lambda: array("q"))
     block_ends: array[int] = field(default_factory=lambda: array("q"))
     left_out: int = 0  # lines without an answer: requests that had failed
+    sorted: bool = True
 
     def __len__(self) -> int:
         return len(self.at_s)
@@ -81,6 +83,7 @@ class Trace:
         if request.output_tokens == 0 or request.prompt_tokens == 0:
             self.left_out += 1
             return
+        self.sorted = self.sorted and (not self.at_s or request.at_s >= self.at_s[-1])
         self.at_s.append(request.at_s)
         self.prompt_tokens.append(request.prompt_tokens)
         self.output_tokens.append(request.output_tokens)
@@ -89,7 +92,9 @@ class Trace:
 
     def in_order(self) -> Iterator[Request]:
         """By time, the first at 0."""
-        order = sorted(range(len(self)), key=self.at_s.__getitem__)
+        order: Sequence[int] = range(len(self))
+        if not self.sorted:
+            order = sorted(order, key=self.at_s.__getitem__)
         for i in order:
             blocks = self.blocks[self.block_ends[i - 1] if i else 0 : self.block_ends[i]]
             at_s = self.at_s[i] - self.at_s[order[0]]
@@ -105,6 +110,8 @@ def read(file: Path) -> Texts | Trace:
     except UnicodeDecodeError as error:
         message = f"{file.name} is not UTF-8: {error.reason} at byte {error.start}"
         raise LlmoptError(message, hint="save it as plain UTF-8 text") from None
+    except csv.Error as error:
+        raise LlmoptError(f"{file.name} is not CSV: {error}", hint="is it a trace, and unpacked?") from None
     if not (len(found) if isinstance(found, Trace) else found.dialogues):
         raise LlmoptError(f"{file.name} has no request in it", hint="check that it is the right file")
     return found
@@ -228,23 +235,24 @@ def _answered(turns: list[Mapping[str, Any]]) -> list[Row]:
 def _read_csv(file: Path) -> Trace:
     trace = Trace()
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.DictReader(lines)
-        names = table.fieldnames or ()
+        table = csv.reader(lines)
+        names = next(table, [])
         dialect = next((d for d in _DIALECTS if set(d.columns) <= set(names)), None)
         if dialect is None:
             known = " or ".join(", ".join(f"`{column}`" for column in d.columns) for d in _DIALECTS)
             raise LlmoptError(f"{file.name}:1: these are not the columns of a trace", hint=f"there should be {known}")
-        at, prompt, output = dialect.columns
+        at, prompt, output = map(names.index, dialect.columns)
         for row in table:
-            place = f"{file.name}:{table.line_num}"
+            if not row:
+                continue
             try:
                 request = Request(dialect.seconds(row[at]), int(row[prompt]), int(row[output]))
-            except (TypeError, ValueError):
-                given = ", ".join(str(row[column]) for column in dialect.columns)
-                message = f"{place}: not a time and two numbers of tokens: `{given}`"
+            except (IndexError, ValueError):
+                message = f"{file.name}:{table.line_num}: not a time and two numbers of tokens: `{','.join(row)}`"
                 raise LlmoptError(message, hint="correct the row, or leave it out") from None
-            if min(request[:3]) < 0 or not math.isfinite(request.at_s):
-                raise LlmoptError(f"{place}: a time or a number of tokens is below 0", hint="check the row")
+            if not (0 <= request.at_s < math.inf and min(request[1:3]) >= 0 and max(request[1:3]) < _MOST_TOKENS):
+                message = f"{file.name}:{table.line_num}: a time or a number of tokens cannot be: `{','.join(row)}`"
+                raise LlmoptError(message, hint="check the row")
             trace.add(request)
     return trace
 
@@ -295,7 +303,7 @@ def _number(values: Mapping[str, Any], name: str, place: str) -> float:
 
 def _whole(values: Mapping[str, Any], name: str, place: str, *, least: int = 0) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _MOST_TOKENS:
         message = f"{place}: `{name}` must be a whole number from {least}, not `{value}`"
         raise LlmoptError(message, hint="check the row")
     return value

@@ -87,10 +87,10 @@ class Workload:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("output_tokens", 1), ("prefix_tokens", 0), ("prefixes", 1)):
-            _check(name, getattr(self, name), least)
-        for name, least in (("turns", 1), ("next_tokens", 1), ("think_s", 0)):
-            _check(name, getattr(self, name), least)
+        for name in ("prompt_tokens", "next_tokens", "output_tokens", "prefixes", "turns"):
+            _check(name, getattr(self, name), least=1)
+        for name in ("prefix_tokens", "think_s"):
+            _check(name, getattr(self, name), least=0)
 
     @property
     def most_tokens(self) -> int | None:
@@ -199,7 +199,7 @@ def _with_file(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**values, "file": str(file.resolve())}
 
 
-def _check(name: str, value: float | Length | None, least: int) -> None:
+def _check(name: str, value: float | Length | None, *, least: int) -> None:
     if isinstance(value, int | float) and not least <= value < math.inf:
         raise SettingsError(f"`{name}` cannot be `{value}`", hint=f"give a number from {least}")
 

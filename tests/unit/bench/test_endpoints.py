@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmopt.bench import answers
 from llmopt.bench.answers import Answer
 from llmopt.bench.client.wire import Response, events
 from llmopt.bench.endpoints import ENDPOINTS
@@ -93,7 +94,7 @@ ANSWERS = {
     ],
     "tgi": [stream(*TOKENS[:-1], LAST), whole({"generated_text": "ab", "details": DETAILS})],
 }  # fmt: skip
-CASES = [(name, answer) for name, answers in ANSWERS.items() for answer in answers]
+CASES = [(name, answer) for name, forms in ANSWERS.items() for answer in forms]
 
 
 def read(name: str, *fields: Any, end: bytes = b"") -> Answer:
@@ -219,20 +220,15 @@ def test_a_dynamic_batch_of_lmi_has_outputs() -> None:
     assert ENDPOINTS["sagemaker"].answer(lines({"outputs": ["This"]}, {"outputs": [" is"]})) == "This is"
 
 
-EVENT = st.sampled_from(
-    [b'data: {"choices": [{"text": "a"}]}', b"data: x", b": ping", b"event: e", b"data:y", b"data", b""]
-)
-NEWLINE = st.sampled_from([b"\n", b"\n\n", b"\r\n\r\n", b"\r"])
+EVENT = st.sampled_from([b'data: {"a": 1}', b"data: x", b": ping", b"event: e", b"data:y", b"data: ", b"data", b""])
+NEWLINE = st.sampled_from([b"\n", b"\n\n", b"\n\n", b"\r\n\r\n", b"\r"])
 
 
-@given(parts=st.lists(st.tuples(EVENT, NEWLINE), max_size=8), pieces=st.integers(1, 9))
-def test_the_quick_cut_of_events_is_the_general_one(parts: list[tuple[bytes, bytes]], pieces: int) -> None:
-    from llmopt.bench import answers
-
-    split = [(number, b"".join(part)) for number, part in enumerate(parts)]
-    assert answers._events(split) == events(split)
-    body = b"".join(data for _, data in split)
-    size = max(1, -(-len(body) // pieces))
+@given(parts=st.lists(st.tuples(EVENT, NEWLINE), max_size=8), size=st.integers(1, 30))
+def test_the_quick_cut_of_events_is_the_general_one(parts: list[tuple[bytes, bytes]], size: int) -> None:
+    pieces = [(number, b"".join(part)) for number, part in enumerate(parts)]
+    assert answers._events(pieces) == events(pieces)
+    body = b"".join(data for _, data in pieces)
     chopped = [(at, body[at : at + size]) for at in range(0, len(body), size)]
     assert answers._events(chopped) == events(chopped)
 

@@ -37,7 +37,15 @@ def seen_by_client(log: dict[str, Any], *, late_ms: float = 0.0, **more: Any) ->
         }
         for request in log["requests"]
     ]
-    return {"requests": requests, "cpu_s": 1e-3, "waited_s": 0.0, "peak_rss_bytes": 40e6, "stamps": "kernel", **more}
+    return {
+        "requests": requests,
+        "cpu_s": 1e-3,
+        "waited_s": 0.0,
+        "peak_rss_bytes": 40e6,
+        "stamps": "kernel",
+        "data_bytes": 0,
+        **more,
+    }
 
 
 def trial(**more: Any) -> Trial:

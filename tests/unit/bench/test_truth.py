@@ -119,7 +119,7 @@ def test_streams_run_side_by_side(address: str) -> None:
 
 def test_a_request_in_pieces_arrives_with_its_last_byte(address: str) -> None:
     host, _, port = address.partition(":")
-    data = body(2)
+    data = body(1)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nx-request-id: pieces\r\ncontent-length: {len(data)}\r\n\r\n".encode()
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         for piece in (head[:20], head[20:] + data[:9]):

@@ -167,12 +167,12 @@ def test_failures_now_and_then_do_not_end_the_load(truth: Any) -> None:
 
 
 def test_a_duration_ends_the_load_after_the_requests_in_flight(truth: Any) -> None:
-    found, _ = load(truth.url("ttft=30,gap=5"), requests=3, streams=2, duration_s=0.3, repeat=True)
+    found, _ = load(truth.url("ttft=30,gap=5"), requests=2, streams=2, duration_s=0.5, repeat=True)
     assert kinds(found) == {None}
-    assert len(found.records) > 3
+    assert len(found.records) > 2
     first = min(record.sent_ns for record in found.records)
-    assert max(record.sent_ns for record in found.records) - first <= 0.3e9
-    assert max(record.end_ns for record in found.records) - first >= 0.3e9
+    assert max(record.sent_ns for record in found.records) - first <= 0.5e9
+    assert max(record.end_ns for record in found.records) - first >= 0.5e9
 
 
 def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:

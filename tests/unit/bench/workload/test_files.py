@@ -151,6 +151,8 @@ def test_azure_dates_become_seconds(written: Written) -> None:
         ("a.csv", "Timestamp,Request tokens,Response tokens\n1,2\n", "a.csv:2: not a time and two numbers"),
         ("a.csv", "Timestamp,Request tokens,Response tokens\n1,2,-2\n", "a.csv:2: a time or a number"),
         ("a.csv", "Timestamp,Request tokens,Response tokens\nnan,2,2\n", "a.csv:2: a time or a number"),
+        ("a.csv", f"Timestamp,Request tokens,Response tokens\n1,2,{10**30}\n", "a.csv:2: a time or a number"),
+        ("a.csv", "Timestamp,Request tokens,Response tokens\n1,2," + "2" * 200_000, "a.csv is not CSV"),
     ],
 )
 def test_what_does_not_fit_is_an_error_with_file_line_and_hint(

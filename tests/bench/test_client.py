@@ -1,0 +1,67 @@
+"""How true the load client is and what it costs, against a server that logs the truth; the peers are run alike.
+
+`make bench-client` prints it all. A busy machine changes every figure but the medians, so only those can fail; what
+else misses its limit is printed as a miss, beside how long the client waited for its core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import clients
+import pytest
+
+from llmopt.bench import selftest
+
+pytestmark = [pytest.mark.timeout(3600)]
+
+STREAMS = (16, 256, 1024)
+ROUNDS = {16: 10, 256: 8, 1024: 4}  # answers that each stream gets
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{selftest.table(result)}\n")
+    for level in result["levels"]:
+        for check in level["checks"]:
+            verdict = "pass" if check["met"] else "MISS"
+            print(f"{verdict}  {level['label']:6} {check['what']:24} {check['value']:9.4f}  limit {check['limit']:g}")
+
+
+@pytest.mark.bench
+def test_the_medians_of_a_closed_loop_are_the_truth() -> None:
+    result: dict[str, Any] = selftest.run(print, streams=STREAMS, rates=(), rounds=8)
+    show(result)
+    for level in result["levels"]:
+        limits = selftest.FEW if level["streams"] <= 256 else selftest.MANY
+        assert level["failed"] == 0
+        assert abs(level["ttft_ms_p50"]["error"]) <= limits.ttft_p50, level["label"]
+        assert abs(level["gap_ms_p50"]["error"]) <= limits.gap_p50, level["label"]
+
+
+@pytest.mark.bench
+def test_the_medians_of_an_open_loop_are_the_truth() -> None:
+    result: dict[str, Any] = selftest.run(print, streams=(), rates=(100.0, 500.0), rounds=8)
+    show(result)
+    for level in result["levels"]:
+        assert level["failed"] == 0
+        assert abs(level["ttft_ms_p50"]["error"]) <= selftest.FEW.ttft_p50, level["label"]
+        assert abs(level["gap_ms_p50"]["error"]) <= selftest.FEW.gap_p50, level["label"]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("streams", STREAMS)
+def test_nobody_takes_less_cpu_or_is_nearer_to_the_truth(streams: int) -> None:
+    rows = {}
+    for name in clients.names():
+        rows[name] = clients.measure(name, streams=streams, requests=ROUNDS[streams] * streams)
+        print(f"\n{streams} streams\n{clients.table(rows)}")
+    ours = rows.pop("llmopt client")
+    for name, row in rows.items():
+        if not name.startswith("llmopt"):
+            assert ours.cpu_s_per_1000_tokens < row.cpu_s_per_1000_tokens, name
+            assert off(ours) <= max(off(row), selftest.MANY.ttft_p50), name
+
+
+def off(row: clients.Row) -> float:
+    """How far a client's median time to first token is from the truth of its own requests, as a share."""
+    return abs(row.said.ttft_p50 / row.true.ttft_p50 - 1)
