@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmopt.bench import Subject, measure, resolve
 from llmopt.bench.gate.calibrate import calibrate
 from llmopt.bench.gate.statistics import student_tail
 from llmopt.bench.gate.verdict import LOOKS, judge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "bench" / "gate"))
 
-from noisy_machine import LOWER, Machine  # noqa: E402
+from noisy_machine import LOWER, Machine
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 
@@ -128,22 +129,20 @@ def truth_server(ttft_ms: float, gap_ms: float) -> Iterator[str]:
 
 def measured(candidate: str, baseline: str, out: Path, seed: int) -> dict[str, Any]:
     """The metrics of a gated bench, 12 rounds and up to 48 while it cannot tell."""
-    from llmopt.bench import BenchSettings, Subject, measure
-    from llmopt.bench.workload.spec import resolve
-
-    settings = BenchSettings(
-        concurrency=(4,),
-        requests=24,
-        rounds=LOOKS[0],
-        max_rounds=LOOKS[-1],
-        workload=resolve(None, prompt_tokens=16, output_tokens=16),
-        model="truth",
-        gate=True,
-        seed=seed,
+    settings = resolve(
+        {
+            "concurrency": (4,),
+            "requests": 24,
+            "rounds": LOOKS[0],
+            "max_rounds": LOOKS[-1],
+            "prompt_tokens": 16,
+            "output_tokens": 16,
+            "model": "truth",
+            "gate": True,
+            "seed": seed,
+        }
     )
-    subjects = {
-        name: Subject(name=name, urls=(url,)) for name, url in (("candidate", candidate), ("baseline", baseline))
-    }
+    subjects = {name: Subject(name=name, url=url) for name, url in (("candidate", candidate), ("baseline", baseline))}
     out.mkdir()
     return dict(measure(subjects, settings, out, lambda line, **facts: None).metrics)
 
