@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 import llmopt
-from llmopt.cli import bench, console, doctor, evaluate, profiles, quantize, run, serve, store
+from llmopt.cli import bench, bench_tools, console, doctor, evaluate, profiles, quantize, run, serve, store
 from llmopt.cli import compile as compile_command
 from llmopt.cli import options as opt
 from llmopt.errors import Exit, LlmoptError, SettingsError, nearest
@@ -33,6 +33,18 @@ app.command("quantize", short_help="Quantize a checkpoint.")(quantize.quantize)
 app.command("compile", short_help="Compile a model into an engine.")(compile_command.compile_)
 app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate.evaluate)
 app.command("bench", short_help="Load-test an engine or a server.")(bench.bench)
+for _name, _function, _help in (
+    ("selftest", bench_tools.selftest, "Measure the load client itself."),
+    ("calibrate", bench_tools.calibrate, "Measure the noise, and what can be found in it."),
+    ("history", bench_tools.history, "Show where stored figures changed."),
+    ("import", bench_tools.import_, "Judge results of other load testers."),
+):
+    # A subcommand of a command that takes an argument itself: `main` joins the two words.
+    app.command(
+        f"bench {_name}",
+        short_help=_help,
+        context_settings={"auto_envvar_prefix": f"LLMOPT_BENCH_{_name.upper()}"},
+    )(_function)
 app.command("serve", short_help="Serve an engine, OpenAI-compatible.")(serve.serve)
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
 app.add_typer(store.app)
@@ -81,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _invoke(args: list[str]) -> int:
     """Not `app()`: that would print errors and take Ctrl-C and a closed pipe to itself."""
     command = get_command(app)
+    if " ".join(args[:2]) in getattr(command, "commands", {}):
+        args = [" ".join(args[:2]), *args[2:]]
     try:
         with command.make_context("llmopt", args) as context:
             code = command.invoke(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +27,19 @@ class Delivery:
         if name is not None:
             session.store.check_name(name)
 
-    def deliver(self, result: StageResult) -> None:
-        """Name and copy the artifact as asked, then print the result."""
+    def deliver(self, result: StageResult, figures: str | None = None, more: Mapping[str, Json] | None = None) -> None:
+        """Name and copy the artifact as asked, then print the result.
+
+        `figures` is the text for its metrics, if given; `more` is put beside the result for `--json`.
+        """
         store = self._session.store
         if self._name is not None:
             store.set_name(self._name, result.artifact)
         if self._out is not None:
             store.export(result.artifact, self._out)
-        self._session.console.result("\n".join(_lines(result, self._name)), result.to_json())
+        self._session.console.result(
+            "\n".join(_lines(result, self._name, figures)), {**result.to_json(), **(more or {})}
+        )
 
     def keep(self, staged: Path) -> None:
         """What a measurement that ended early has written goes to `--out` if that was given."""
@@ -62,13 +67,16 @@ def keep_report(staged: Path, out: Path, progress: Progress) -> None:
         progress(f"the unfinished report is in `{out}`")
 
 
-def _lines(result: StageResult, name: str | None) -> Iterator[str]:
+def _lines(result: StageResult, name: str | None, figures: str | None) -> Iterator[str]:
     """What a stage came to, for people."""
     took = "cached" if result.cached else f"{result.seconds:.1f} s"
     yield f"artifact  {result.artifact}" + (f" ({name})" if name else "")
     yield f"kind      {result.kind}, {result.status}, {byte_size(result.bytes)}, {took}"
     yield f"path      {result.path}"
     shown: frozenset[str] = frozenset()
+    if figures is not None:
+        shown = frozenset(result.metrics)
+        yield from ("", figures, "")
     if result.kind == "quantized-model" and (table := summary.quantized(result.metrics)):
         shown = summary.QUANTIZED
         yield from ("", table, "")

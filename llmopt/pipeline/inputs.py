@@ -117,6 +117,23 @@ def subject(store: Store, reference: str) -> Input | str:
     return reference if reference.startswith(("http://", "https://")) else resolve(store, reference)
 
 
+def report(store: Store, reference: str | None) -> Input | None:
+    """A stored report: an artifact, a folder with `report.json`, or that file itself. None for none."""
+    if reference is None:
+        return None
+    path = Path(reference)
+    if path.is_file() or (path / "report.json").is_file():
+        file = path if path.is_file() else path / "report.json"
+        return _input(describe(file, "report"), file, path.name)
+    found = resolve(store, reference)
+    if found.kind != "report":
+        raise SettingsError(
+            f"`{reference}` is {_KINDS.get(found.kind, found.kind)}, not a report",
+            hint="give what `llmopt bench` or `llmopt bench import` made",
+        )
+    return found
+
+
 def product(result: StageResult) -> Input:
     """The input that a stage's result is for the next stage."""
     return Input(

@@ -180,7 +180,8 @@ class Connections:
             self.set_deadline(link, link.deadline_ns)
             return False
         if not link.connected:
-            self._attempt_again(link, Failure("timeout", f"no connection within {_CONNECT_TIMEOUT_S:g} s"))
+            what, kind = ("connection", "timeout") if link.secure is None else ("TLS handshake", "tls")
+            self._attempt_again(link, Failure(kind, f"no {what} within {_CONNECT_TIMEOUT_S:g} s"))
         return link.connected
 
     def _attempt(self, link: Link) -> None:

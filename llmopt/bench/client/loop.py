@@ -28,6 +28,7 @@ from llmopt.bench.client.wire import MalformedError, Response
 _RECEIVE_BYTES = 16 * 1024
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
+_PATIENCE = 64
 _STALE_NS = 1_000_000_000  # a connection that was idle so long may be closed just when a request is sent
 
 
@@ -64,12 +65,13 @@ class Driver(Generic[R]):
         self._in_flight = 0
         self._timeout_ns = int(plan.timeout_s * 1e9)
         self._deadline_ns: int | None = None
-        self._patience = max(16, 4 * (plan.streams or 16))  # failures in a row after which the load is given up
+        self._patience = max(16, 4 * plan.streams) if plan.streams else _PATIENCE  # failures in a row to give up after
         self._late_ms: list[float] = []
 
     def connect(self) -> None:
         """Open the connections that the load will need at once. Raises Interrupted."""
-        wanted = [job.target for job in islice(self._plan.jobs, self._opened_before())]
+        jobs = cycle(self._plan.jobs) if self._plan.repeat else self._plan.jobs
+        wanted = [job.target for job in islice(jobs, self._opened_before())]
         try:
             self._connections.open_before(self._plan.targets, wanted, self._turn)
         except KeyboardInterrupt:
@@ -115,7 +117,7 @@ class Driver(Generic[R]):
                 self._add(started_ns + (job.due_ns or 0), job)
             return
         self._jobs = cycle(plan.jobs) if plan.repeat else iter(plan.jobs)
-        for number in range(min(plan.streams, len(plan.jobs))):
+        for number in range(plan.streams if plan.repeat else min(plan.streams, len(plan.jobs))):
             self._add(started_ns + int(plan.ramp_s * 1e9 * number / plan.streams), None)
 
     def _add(self, due_ns: int, item: Job | None) -> None:
@@ -217,7 +219,7 @@ class Driver(Generic[R]):
 
     def _start(self, job: Job | None, due_ns: int | None) -> None:
         """Send a job, or the next one of a stream."""
-        if self._is_over():
+        if self._is_over(due_ns):
             self._alive -= 1
             return
         if job is None:
@@ -240,19 +242,25 @@ class Driver(Generic[R]):
         if not self._closed_loop and len(pool.idle) + pool.opening < 2 + pool.size // 16:
             self._connections.open(pool, None)  # so that the next one need not wait for a connection
 
-    def _is_over(self) -> bool:
-        """No job may start any more; those that wait are dropped."""
-        given_up = self._store.failures_in_a_row >= self._patience
-        if not given_up and (self._deadline_ns is None or monotonic_ns() < self._deadline_ns):
-            return False
-        self._alive -= self._timers.drop_starts()
+    def _is_over(self, due_ns: int | None) -> bool:
+        """Whether what is due then, or now, may not start any more."""
+        if self._store.failures_in_a_row >= self._patience:
+            self._alive -= self._timers.drop_starts() + len(self._held_back)
+            self._held_back.clear()
+            return True
+        return self._deadline_ns is not None and (due_ns or monotonic_ns()) >= self._deadline_ns
+
+    def _let_go(self) -> None:
+        """There is room for one that was held back; at the load's end those still held back are failures."""
+        if self._deadline_ns is None or monotonic_ns() < self._deadline_ns:
+            self._soon.append(self._held_back.popleft())
+            return
         while self._held_back:
             exchange = Exchange(*self._held_back.popleft())
             exchange.sent_ns = exchange.end_ns = monotonic_ns()
             exchange.failure = Failure("unsent", "due, but held back by the limit of requests in flight to the end")
             self._store.keep(exchange)
             self._alive -= 1
-        return True
 
     def _stands(self, link: Link) -> None:
         if link.exchange is None:
@@ -322,7 +330,8 @@ class Driver(Generic[R]):
 
     def _go_on(self, exchange: Exchange) -> None:
         """What follows on an exchange that has ended: the conversation, the stream's next job, or nothing."""
-        self._patience = max(self._patience, 4 * self._in_flight)
+        if not self._closed_loop:
+            self._patience = max(self._patience, _PATIENCE + self._in_flight)
         self._in_flight -= 1
         follower = exchange.job.then(exchange) if exchange.job.then is not None else None
         if follower is not None and follower.due_ns is not None:
@@ -335,7 +344,7 @@ class Driver(Generic[R]):
         else:
             self._alive -= 1
         if self._held_back:
-            self._soon.append(self._held_back.popleft())
+            self._let_go()
 
     def _cut(self) -> None:
         """Keep what is in flight as it is."""
@@ -343,7 +352,7 @@ class Driver(Generic[R]):
         for link in self._connections.links.values():
             exchange = link.exchange
             if exchange is None or exchange.response is None or exchange is self._store.last:
-                continue
+                continue  # nothing is out, or it was kept just when Ctrl-C came
             exchange.end_ns, exchange.failure = now, Failure("interrupted", "Ctrl-C came before its end")
             self._store.keep(exchange)
 

@@ -72,7 +72,7 @@ class Stamps:
         """The stamp of what `recvmsg` has just brought for a request that was sent at `sent_ns`."""
         stamp_ns = now = monotonic_ns()
         since_ns = self._woken_ns
-        kernel_ns = 0
+        kernel_ns = sent_ns - 1
         if ancillary:
             seconds, nanoseconds = self._unpack(ancillary[0][2])
             kernel_ns = seconds * 1_000_000_000 + nanoseconds - self._offset_ns

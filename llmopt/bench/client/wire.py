@@ -8,7 +8,7 @@ after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
 from typing import TypeAlias
@@ -223,42 +223,32 @@ def events(pieces: Sequence[Piece]) -> list[Piece]:
     Line ends are LF, CRLF or CR; comments and other fields are dropped. An event at the very end whose blank line is
     missing counts, as common servers leave it out behind `[DONE]`.
     """
-    if not pieces:
-        return []
+    found = []
+    for stamp_ns, data in pieces:
+        one_line = data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n") and data.startswith(b"data: ")
+        if not one_line or b"\r" in data:
+            return _cut(pieces)
+        found.append((stamp_ns, data[6:-2]))
+    return found  # every piece was one event, as nearly always
+
+
+def _cut(pieces: Sequence[Piece]) -> list[Piece]:
+    """The events of any body."""
     body = b"".join([data for _, data in pieces])
     found: list[Piece] = []
     remaining = iter(pieces)
-    stamp_ns, data = next(remaining)
-    reached = len(data)
-    for event, end in _cut(body) if b"\r" in body else _cut_at_newlines(body):
-        while reached < end:
+    start = reached = stamp_ns = 0
+    while start < len(body):
+        blank = _BLANK_LINE.search(body, start)
+        end, following = (blank.start(), blank.end()) if blank else (len(body), len(body))
+        while reached < following:
             stamp_ns, data = next(remaining)
             reached += len(data)
-        if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:  # nearly every event
-            found.append((stamp_ns, event[6:]))
-        elif (payload := _event_data(event)) is not None:
+        payload = _event_data(body[start:end])
+        if payload is not None:
             found.append((stamp_ns, payload))
+        start = following
     return found
-
-
-def _cut(body: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each event with the place where its blank line ends."""
-    start = 0
-    for blank in _BLANK_LINE.finditer(body):
-        yield body[start : blank.start()], blank.end()
-        start = blank.end()
-    yield body[start:], len(body)
-
-
-def _cut_at_newlines(body: bytes) -> Iterator[tuple[bytes, int]]:
-    """As `_cut`, for the usual body whose only line end is LF."""
-    end = 0
-    events = body.split(b"\n\n")
-    last = events.pop()
-    for event in events:
-        end += len(event) + 2
-        yield event, end
-    yield last, len(body)
 
 
 def _event_data(event: bytes) -> bytes | None:

@@ -16,8 +16,7 @@ import pytest
 
 from llmopt.bench.client.base import Job, Load, Plan, Target
 from llmopt.bench.client.loop import drive
-from llmopt.bench.endpoints import ENDPOINTS, body
-from llmopt.bench.metrics.figures import streams_held
+from llmopt.bench.endpoints import ENDPOINTS
 from llmopt.bench.metrics.records import Record, read
 
 
@@ -28,12 +27,12 @@ def load(
     endpoint = ENDPOINTS[options.pop("endpoint", "completions")]
     headers = options.pop("headers", ())
     prompts = [f"{uuid4()} prompt {i}" for i in range(requests)]
-    bodies = [body(endpoint, model="truth", prompt=prompt, output_tokens=tokens) for prompt in prompts]
+    bodies = [endpoint.body(model="truth", turns=(("user", prompt),), output_tokens=tokens) for prompt in prompts]
     options = {"timeout_s": 20.0, **options}
-    target = Target(url, endpoint.path, headers)
+    target = Target(url, endpoint.path_for("truth"), headers)
     jobs = [Job(target.request(body), number) for number, body in enumerate(bodies)]
     plan = Plan(targets=(target,), jobs=jobs, streams=streams, **options)
-    return drive(plan, lambda exchange: read(exchange, endpoint)), prompts
+    return drive(plan, lambda exchange: read(exchange, endpoint.name)), prompts
 
 
 def kinds(found: Load[Record]) -> set[str | None]:
@@ -63,7 +62,6 @@ def test_every_request_is_sent_once_and_the_streams_are_all_busy(truth: Any) -> 
     assert sorted(record.prompt for record in found.records) == list(range(20))
     asked = [entry["prompt"] for entry in truth.log() if entry["prompt"] in set(prompts)]
     assert sorted(asked) == sorted(prompts)
-    assert 4.0 < streams_held(found.records) <= 5.0
     in_flight = [
         sum(other.sent_ns <= record.sent_ns < other.end_ns for other in found.records) for record in found.records
     ]
@@ -118,7 +116,7 @@ def test_an_answer_in_one_piece_has_one_stamp(truth: Any) -> None:
     ("behaviour", "kind"),
     [
         ("status=400", "http_4xx"),
-        ("status=429", "http_4xx"),
+        ("status=429", "http_429"),
         ("status=500", "http_5xx"),
         ("cut=3", "cut"),
         ("bad=json", "malformed"),
@@ -169,12 +167,12 @@ def test_failures_now_and_then_do_not_end_the_load(truth: Any) -> None:
 
 
 def test_a_duration_ends_the_load_after_the_requests_in_flight(truth: Any) -> None:
-    found, _ = load(truth.url("ttft=30,gap=5"), requests=3, streams=2, duration_s=0.3, repeat=True)
+    found, _ = load(truth.url("ttft=30,gap=5"), requests=2, streams=2, duration_s=0.5, repeat=True)
     assert kinds(found) == {None}
-    assert len(found.records) > 3
+    assert len(found.records) > 2
     first = min(record.sent_ns for record in found.records)
-    assert max(record.sent_ns for record in found.records) - first <= 0.3e9
-    assert max(record.end_ns for record in found.records) - first >= 0.3e9
+    assert max(record.sent_ns for record in found.records) - first <= 0.5e9
+    assert max(record.end_ns for record in found.records) - first >= 0.5e9
 
 
 def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:

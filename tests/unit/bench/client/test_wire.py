@@ -164,3 +164,13 @@ def test_lines_of_data_are_joined_and_other_fields_dropped(end: bytes) -> None:
 
 def test_the_last_event_needs_no_blank_line() -> None:
     assert events([(1, b"data: a\n\n"), (2, b"data: [DONE]\n")]) == [(1, b"a"), (2, b"[DONE]")]
+
+
+@given(texts=st.lists(st.text("ab:", max_size=5), min_size=1, max_size=6), odd=st.integers(0, 5))
+def test_events_are_the_same_whether_each_came_in_a_piece_of_its_own_or_not(texts: list[str], odd: int) -> None:
+    whole = [b"data: " + text.encode() + b"\n\n" for text in texts]
+    at = odd % len(whole)
+    parted = [*whole[:at], whole[at][:3], whole[at][3:], *whole[at + 1 :]]
+    expected = [text.encode() for text in texts]
+    assert [data for _, data in events(list(enumerate(whole)))] == expected
+    assert [data for _, data in events(list(enumerate(parted)))] == expected

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from llmopt.bench.client.base import Exchange, Failure, Job
 from llmopt.bench.client.wire import Response
 from llmopt.bench.endpoints import ENDPOINTS
-from llmopt.bench.metrics.records import Record, read
+from llmopt.bench.metrics.records import CLASSES, Record, read
 
 
 def answer(data: bytes, *, status: int = 200, kind: str = "text/event-stream") -> Exchange:
@@ -135,3 +138,36 @@ KEYS = st.sampled_from(["choices", "text", "usage", "error", "delta"])
 def test_any_json_event_makes_a_record(fields: Any) -> None:
     for endpoint in ENDPOINTS:
         read(stream(fields), endpoint)
+
+
+def test_a_server_that_limits_the_rate_says_how_long_to_wait() -> None:
+    response = Response()
+    response.feed(5, b"HTTP/1.1 429 X\r\nretry-after: 7\r\ncontent-length: 4\r\n\r\nslow")
+    found = read(Exchange(Job(b"", 0), None, 0, 9, response, None), "chat")
+    assert found.failure == Failure("http_429", "HTTP 429: slow (Retry-After: 7)")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, "http_401"), (403, "http_403"), (418, "http_4xx"), (502, "http_5xx")]
+)
+def test_a_status_has_its_class(status: int, kind: str) -> None:
+    assert failure_of(answer(b"{}", status=status)).kind == kind
+    assert kind in CLASSES
+
+
+def test_a_request_without_an_answer_keeps_what_is_known_of_it() -> None:
+    job = Job(b"", 3, turn=2, target=1, wanted_tokens=64)
+    found = read(Exchange(job, 5, 6, 7, None, Failure("refused", "no")), "chat")
+    assert (found.prompt, found.turn, found.target, found.due_ns, found.wanted_tokens) == (3, 2, 1, 5, 64)
+    assert (found.status, found.tokens, found.failure) == (0, 0, Failure("refused", "no"))
+
+
+def test_a_record_can_be_read_in_another_process() -> None:
+    found = completion(stream(TEXT, TEXT))
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert pickle.loads(pickle.dumps(partial(read, endpoint="chat")))(stream({"choices": []})).failure is not None
+
+
+def test_stamps_take_little_memory() -> None:
+    found = completion(stream(*[TEXT] * 1000))
+    assert sys.getsizeof(found.stamps_ns) < 10 * 1000

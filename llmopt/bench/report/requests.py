@@ -1,0 +1,241 @@
+"""requests.parquet: a row a request with every stamp, a row group a level and round; written, and read for the charts.
+
+A level is a file of its own in `requests.parts/` as soon as it has ended, and `close` joins them: whenever the process
+is killed, what has been measured lies there complete and can be read by anything that reads parquet.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmopt.backends import load
+from llmopt.bench.metrics.figures import Level
+from llmopt.bench.metrics.records import Record
+
+if TYPE_CHECKING:
+    from types import ModuleType, TracebackType
+
+REQUESTS = "requests.parquet"
+PARTS = "requests.parts"
+
+Floats = NDArray[np.float64]
+
+
+class Requests:
+    """The writer. pyarrow comes with the first level, so that no load waits for its import before it starts."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._written = 0
+
+    def append(self, level: Level) -> None:
+        """The level is on disk when this returns."""
+        self._put(_table(level))
+
+    def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of one level and round that another tool measured; a column that it does not tell is null."""
+        self._put(load("pyarrow", extra="data").Table.from_pylist(list(rows), _schema()))
+
+    def _put(self, table: Any) -> None:
+        folder = self._out / PARTS
+        folder.mkdir(exist_ok=True)
+        part = folder / f"{self._written:05}.parquet"
+        aside = part.with_suffix(".tmp")
+        _parquet().write_table(table, aside, compression="zstd")
+        aside.replace(part)
+        self._written += 1
+
+    def close(self) -> None:
+        """Join the levels into one file; without any there is none."""
+        if not self._written:
+            return
+        aside = self._out / f"{REQUESTS}.tmp"
+        with _parquet().ParquetWriter(aside, _schema(), compression="zstd") as writer:
+            for number in range(self._written):
+                table = _parquet().read_table(self._out / PARTS / f"{number:05}.parquet")
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
+        aside.replace(self._out / REQUESTS)
+        shutil.rmtree(self._out / PARTS)
+        self._written = 0
+
+    def __enter__(self) -> Requests:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _parquet() -> ModuleType:
+    return load("pyarrow.parquet", extra="data")
+
+
+def _schema() -> Any:
+    pa = load("pyarrow", extra="data")
+    counts = ("prompt_tokens", "cached_tokens", "completion_tokens", "wanted_tokens")
+    return pa.schema(
+        [
+            ("subject", pa.string()),
+            ("level", pa.string()),
+            ("round", pa.int32()),
+            ("counted", pa.bool_()),  # answered, and sent inside the window: the latencies are of these
+            ("prompt", pa.int64()),
+            ("turn", pa.int32()),
+            ("target", pa.int32()),
+            ("status", pa.int32()),  # of HTTP; 0 where none came
+            ("due_us", pa.int64()),  # since its sending: 0, or less the later it was sent; null in a closed loop
+            ("sent_us", pa.int64()),  # since the start of the level
+            ("end_us", pa.int64()),  # since its sending, as are all stamps below
+            ("first_us", pa.int64()),
+            ("answer_us", pa.int64()),  # the first chunk that is not reasoning
+            ("chunks_us", pa.list_(pa.int64())),
+            *((name, pa.int64()) for name in counts),
+            ("finish", pa.string()),
+            ("error", pa.string()),
+            ("detail", pa.string()),
+        ]
+    )
+
+
+def _table(level: Level) -> Any:
+    pa = load("pyarrow", extra="data")
+    schema, records = _schema(), level.records
+    size = len(records)
+
+    def since_sent(stamps_ns: Iterable[int | None]) -> list[int | None]:
+        pairs = zip(stamps_ns, records, strict=True)
+        return [None if stamp is None else (stamp - record.sent_ns) // 1000 for stamp, record in pairs]
+
+    chunks = [(np.asarray(record.stamps_ns, np.int64) - record.sent_ns) // 1000 for record in records]
+    ends = np.cumsum([0, *map(len, chunks)], dtype=np.int32)
+    columns: dict[str, Any] = {
+        "subject": [level.subject] * size,
+        "level": [level.load.label] * size,
+        "round": [level.round] * size,
+        "counted": [_counted(level, record) for record in records],
+        **{
+            name: [getattr(record, name) for record in records]
+            for name in schema.names
+            if name in ("prompt", "turn", "target", "status", "finish") or name.endswith("_tokens")
+        },
+        "due_us": since_sent(record.due_ns for record in records),
+        "sent_us": [(record.sent_ns - level.started_ns) // 1000 for record in records],
+        "end_us": since_sent(record.end_ns for record in records),
+        "first_us": since_sent(record.stamps_ns[0] if len(record.stamps_ns) else None for record in records),
+        "answer_us": since_sent(record.answer_ns for record in records),
+        "chunks_us": pa.ListArray.from_arrays(
+            pa.array(ends), pa.array(np.concatenate(chunks) if chunks else np.empty(0, np.int64))
+        ),
+        "error": [None if record.failure is None else record.failure.kind for record in records],
+        "detail": [None if record.failure is None else record.failure.detail for record in records],
+    }
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def _counted(level: Level, record: Record) -> bool:
+    if record.failure is not None or not len(record.stamps_ns):
+        return False
+    begin_ns, end_ns = level.window_ns or (-math.inf, math.inf)
+    return begin_ns <= record.sent_ns - level.started_ns < end_ns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """The requests of one subject under one load in one round, by their sending. NaN where one has no such time."""
+
+    subject: str
+    level: str
+    round: int
+    sent_s: Floats  # since the level's start
+    due_s: Floats  # since its sending: 0 or less
+    end_s: Floats  # since its sending
+    first_s: Floats  # since its sending
+    failed: NDArray[np.bool_]
+    counted: NDArray[np.bool_]
+    tokens: Floats
+    ends: NDArray[np.int64]  # of each request's chunks among `chunks_s`
+    chunks_s: Floats  # since its sending, all requests behind one another
+
+    def __len__(self) -> int:
+        return len(self.sent_s)
+
+    @property
+    def scheduled(self) -> bool:
+        return len(self) > 0 and not np.isnan(self.due_s).any()
+
+    def times_ms(self) -> dict[str, Floats]:
+        """Of the counted requests, by the names that a summary has for them."""
+        first_s = self.first_s[self.counted & ~np.isnan(self.first_s)]
+        some = self.counted & (np.diff(self.ends, prepend=0) > 0)
+        last_s = self.chunks_s[self.ends[some] - 1]
+        spoken = self.tokens[some] > 1
+        decode_s = (last_s - self.first_s[some])[spoken]
+        found = {
+            "ttft_ms": first_s * 1e3,
+            "tpot_ms": decode_s * 1e3 / (self.tokens[some][spoken] - 1),
+            "e2e_ms": last_s * 1e3,
+            "itl_ms": self._gaps_ms(),
+        }
+        return found | ({"ttft_scheduled_ms": (self.first_s - self.due_s)[some] * 1e3} if self.scheduled else {})
+
+    def _gaps_ms(self) -> Floats:
+        owner = self.owners()
+        gaps_ms = np.diff(self.chunks_s) * 1e3
+        inner = (owner[1:] == owner[:-1]) & self.counted[owner[1:]]
+        return np.asarray(gaps_ms[inner])
+
+    def owners(self) -> NDArray[np.int64]:
+        """The request of each chunk."""
+        return np.repeat(np.arange(len(self)), np.diff(self.ends, prepend=0))
+
+
+def read(out: Path) -> list[Rows]:
+    """The measured in the order of their measurement; none where there is no file."""
+    if not (out / REQUESTS).exists():
+        return []
+    file = _parquet().ParquetFile(out / REQUESTS)
+    tables = (file.read_row_group(number) for number in range(file.num_row_groups))
+    return [_rows(table) for table in tables if table.num_rows]
+
+
+def _rows(table: Any) -> Rows:
+    table = table.sort_by("sent_us")
+    lists = table["chunks_us"].combine_chunks()
+    counts = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    completion = _floats(table, "completion_tokens")
+    return Rows(
+        subject=table["subject"][0].as_py(),
+        level=table["level"][0].as_py(),
+        round=table["round"][0].as_py(),
+        sent_s=_floats(table, "sent_us") / 1e6,
+        due_s=_floats(table, "due_us") / 1e6,
+        end_s=_floats(table, "end_us") / 1e6,
+        first_s=_floats(table, "first_us") / 1e6,
+        failed=table["error"].is_valid().to_numpy(),
+        counted=table["counted"].combine_chunks().fill_null(table["error"].combine_chunks().is_null()).to_numpy(False),
+        tokens=np.where(np.isnan(completion), counts, completion),
+        ends=np.cumsum(counts, dtype=np.int64),
+        chunks_s=lists.flatten().to_numpy(zero_copy_only=False) / 1e6,
+    )
+
+
+def _floats(table: Any, name: str) -> Floats:
+    values: Floats = table[name].to_numpy().astype(np.float64)
+    return values
+
+
+def grouped(measured: Iterable[Rows]) -> Iterator[tuple[tuple[str, str], list[Rows]]]:
+    """The rounds of each subject and level, in the order of the first."""
+    groups: dict[tuple[str, str], list[Rows]] = {}
+    for rows in measured:
+        groups.setdefault((rows.subject, rows.level), []).append(rows)
+    yield from groups.items()

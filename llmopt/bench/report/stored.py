@@ -1,0 +1,43 @@
+"""Reads a stored report back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmopt.bench.gate import names
+from llmopt.errors import LlmoptError
+
+SCHEMA = "llmopt.report/2"
+FILE = "report.json"
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report in a folder, or in a file of its own. Raises LlmoptError."""
+    file = path / FILE if path.is_dir() else path
+    hint = "give a report that `llmopt bench` or `llmopt bench import` made: its folder, its id or its name"
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise LlmoptError(f"no report at `{file}`: {error.strerror}", hint=hint) from None
+    except ValueError:
+        raise LlmoptError(f"`{file}` is not JSON", hint=hint) from None
+    if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("llmopt.report/"):
+        raise LlmoptError(f"`{file}` is not a report of a load test", hint=hint)
+    if found["schema"] != SCHEMA:
+        raise LlmoptError(f"`{file}` has the schema `{found['schema']}`, not `{SCHEMA}`", hint="measure it anew")
+    return found
+
+
+def rounds_of(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """level -> figure -> baseline and candidate, one value a round, of the figures that a gate takes by default."""
+    sides = [report["results"].get(name, {}) for name in ("baseline", "candidate")]
+    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for level in sides[1]:
+        for metric in names.GATED:
+            base, cand = ([each.get(metric) or 0.0 for each in side.get(level, {}).get("rounds", ())] for side in sides)
+            if base and cand and any(base + cand):
+                found.setdefault(level, {})[metric] = (base, cand)
+    return found
