@@ -123,7 +123,9 @@ class _Bench:
         judgement = self.judgement
         if self.baseline is not None and invalid is None:
             judgement = findings.against_report(report, self.baseline, self.settings)
-        gate = report["gate"] = findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
+        gate = report["gate"] = (
+            findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
+        )
         self.requests.close()
         files.write(self.out, report)
         figures: dict[str, Json] = {
