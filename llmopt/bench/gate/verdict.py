@@ -107,8 +107,8 @@ def judge(
     """Compare interleaved rounds: `rounds[level][metric]` are baseline and candidate, round by round.
 
     `metrics` None: all that there are; else those of them that a level has. `look` counts from 0 in `looks`, the
-    numbers of rounds at which the gate is or may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail
-    over all looks and figures; `draws` is the size of the bootstrap.
+    numbers of rounds at which the gate is or may be asked; empty: this is the only time. `alpha` is the chance of a
+    wrong fail over all looks and figures; `draws` is the size of the bootstrap.
     """
     check(margin, alpha)
     _check_names(metrics or (), rounds)
