@@ -104,7 +104,8 @@ def _tiles(report: Report) -> Iterator[str]:
     best = found_by(report.get("sweep"), "best")
     level = best if best is not None and best in own else next(reversed(own))
     other = next((summary for name, at, summary in rows if name != subject and at == level), {})
-    yield f'<p class="dim">{escape(subject)} at {escape(level)}</p><dl class="tiles">'
+    caveat = "" if report["valid"] else ", in a measurement that is not valid"
+    yield f'<p class="dim">{escape(subject)} at {escape(level)}{caveat}</p><dl class="tiles">'
     for name, label, unit in _TILES:
         value, base = figure(own[level], name), figure(other, name)
         if value is not None:

@@ -133,6 +133,7 @@ def test_nothing_measured_says_why(make_report: MakeReport) -> None:
     text = page(make_report([], valid=False, invalid_because="interrupted", gate=None, notes=[]), [])
     Structure(text)
     assert "Not valid" in text
+    assert "Key figures" not in text
     assert "interrupted" in text
 
 
@@ -177,6 +178,7 @@ def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, ma
     )
     Structure(text)
     assert 'class="bar b-failed"' in text
+    assert "in a measurement that is not valid" in text
 
 
 def browse(file: Path, *flags: str) -> str:
