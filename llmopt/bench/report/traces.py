@@ -60,7 +60,7 @@ def _marked(x: float, y: float, style: int, told: str, value: float) -> Iterator
     yield f'<text class="label t{style}" {side} y="{y + (-6 if style % 2 else 14):.1f}">{number(value)}</text>'
 
 
-def timelines(measured: Sequence[Rows]) -> list[str]:
+def timelines(measured: Sequence[Rows]) -> list[tuple[str, str]]:
     """What was in flight when, and the tokens that came of it, of one round of each subject, all over the same time."""
     if not measured:
         return []
@@ -80,7 +80,7 @@ def timelines(measured: Sequence[Rows]) -> list[str]:
     y = svg.linear([float(of.max(initial=0)) for of in rates], 80, svg.TOP)
     y = svg.Axis(low=y.low, high=y.high, start=y.start, end=y.end, ticks=(y.ticks[0], y.ticks[-1]))
     return [
-        _timeline(rows, lane, x) + _rates_chart(of, x, y, style)
+        (_timeline(rows, lane, x), _rates_chart(of, x, y, style))
         for style, (rows, lane, of) in enumerate(zip(measured, lanes, rates, strict=True))
     ]
 

@@ -144,7 +144,7 @@ def test_an_open_loop_shows_what_was_late(tmp_path: Path, make_levels: MakeLevel
     text = page(make_report([late], gate=None), rows_of(tmp_path, [late]))
     assert 'class="bar b-queued"' in text
     assert "Time to first token, from its schedule" in text
-    assert "TTFT p99 from schedule" in text
+    assert "scheduled TTFT p99" in text
 
 
 def test_a_sweep_marks_what_it_found(make_report: MakeReport) -> None:
