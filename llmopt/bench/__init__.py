@@ -26,7 +26,17 @@ from llmopt.artifacts.outcome import Outcome, Progress
 from llmopt.bench.preflight import check
 from llmopt.bench.settings import BenchSettings, Subject, resolve
 
-__all__ = ["OP_VERSION", "BenchSettings", "Subject", "check", "deps", "measure", "resolve"]
+__all__ = [
+    "OP_VERSION",
+    "BenchSettings",
+    "Subject",
+    "check",
+    "check_import",
+    "deps",
+    "import_results",
+    "measure",
+    "resolve",
+]
 
 OP_VERSION = 2
 
@@ -56,3 +66,19 @@ def measure(
     from llmopt.bench.serving import serve_command
 
     return run(subjects, settings, out, progress, command or serve_command, baseline)
+
+
+def check_import(results: Sequence[Path], settings: BenchSettings, baseline: Path | None) -> None:
+    """Whether the result files of another load tester are understood. Raises LlmoptError."""
+    from llmopt.bench import imported
+
+    imported.check(results, settings, baseline)
+
+
+def import_results(
+    results: Sequence[Path], settings: BenchSettings, out: Path, *, baseline: Path | None = None
+) -> Outcome:
+    """Write a report of another load tester's results to the empty folder `out`."""
+    from llmopt.bench import imported
+
+    return imported.make(results, settings, out, baseline)

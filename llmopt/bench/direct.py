@@ -62,14 +62,6 @@ def running(
             _stop(process, stop_timeout_s)
 
 
-def drive_direct(
-    name: str, engine: Path, log: Path, plan: Plan, command: Callable[[Path], Sequence[str]] = direct_command
-) -> Load[Record]:
-    """One load on an engine that is loaded for it."""
-    with running(name, engine, log, command) as direct:
-        return direct.drive(plan)
-
-
 class Direct:
     """A loaded engine; `drive` it as often as you like."""
 
@@ -86,21 +78,26 @@ class Direct:
 
     def wait_until_ready(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s
-        while True:
-            for message in self.receive(deadline_s - time.monotonic()):
-                if "ready" in message:
-                    return
-                raise LlmoptError(f"`{self._name}` cannot be loaded: {message.get('fatal', message)}")
-            if time.monotonic() > deadline_s:
-                raise LlmoptError(f"`{self._name}` was not loaded within {timeout_s:g} s", hint=last_lines(self._log))
+        messages: list[Any] = []
+        while not messages and time.monotonic() < deadline_s:
+            try:
+                messages = self.receive(deadline_s - time.monotonic())
+            except MeasurementInvalidError as error:
+                raise LlmoptError(f"the engine of `{self._name}` did not start", hint=error.hint) from None
+        if not messages:
+            raise LlmoptError(f"`{self._name}` was not loaded within {timeout_s:g} s", hint=last_lines(self._log))
+        if "ready" not in messages[0]:
+            raise LlmoptError(f"`{self._name}` cannot be loaded: {messages[0].get('fatal')}")
 
     def drive(self, plan: Plan) -> Load[Record]:
-        """The closed loop of the plan; its targets do not matter. Raises MeasurementInvalidError if the engine dies.
+        """The closed loop of the plan; its targets do not matter.
 
-        Conversations are not followed: only the first turn of each is asked.
+        Raises MeasurementInvalidError if the engine dies, Interrupted on Ctrl-C.
         """
         if plan.streams is None:
             raise LlmoptError("an engine without a server has no open loop", hint="give `--concurrency`")
+        if any(job.then is not None for job in plan.jobs):
+            raise LlmoptError("an engine without a server has no conversations", hint="give a workload of one turn")
         loop = _ClosedLoop(self, plan, time.monotonic_ns())
         cpu_ns = time.thread_time_ns()
         interrupted = False

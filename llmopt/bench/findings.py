@@ -87,25 +87,27 @@ def against_report(report: Mapping[str, Any], baseline: Path, settings: BenchSet
     )
 
 
-def gate(found: Results, settings: BenchSettings, judgement: Judgement | None) -> dict[str, Json] | None:
+def gate(
+    found: Results, settings: BenchSettings, judgement: Judgement | None, held: Sequence[str] | None = None
+) -> dict[str, Json] | None:
     """The verdict on thresholds and comparison as a report has it; None where there is neither.
 
-    The comparison decides only with `gate: true`; it is reported in any case.
+    The comparison decides only with `gate: true`; it is reported in any case. `held` are the levels that the thresholds
+    are for (None: all of them); of a sweep that is the one it found best, and none where no load met them.
     """
     checked: list[dict[str, Json]] = [
         {**each.to_json(), "level": label, "subject": "candidate"}
         for label, summary in found.get("candidate", {}).items()
+        if held is None or label in held
         for each in slo.check(settings.slos, figures.compact(summary))
     ]
-    if judgement is None and not checked:
+    if judgement is None and not settings.slos:
         return None
-    outcome: str | None = "pass"
-    if any(not each["met"] for each in checked):
+    outcome: str | None = "pass" if settings.slos else None
+    if any(not each["met"] for each in checked) or (settings.slos and held is not None and not checked):
         outcome = "fail"
     elif settings.gate and judgement is not None:
         outcome = judgement.verdict
-    elif not checked:
-        outcome = None
     about: dict[str, Json] = {"looks": [], "comparisons": []} if judgement is None else judgement.to_json()
     return {**about, "verdict": outcome, "enforced": settings.gate, "slo": [*checked]}
 

@@ -29,11 +29,7 @@ def check(subjects: Mapping[str, Subject], settings: BenchSettings, baseline: Pa
     """
     if not subjects:
         raise SettingsError("nothing to bench", hint="give the URL of a server, or an engine")
-    if settings.gate and len(subjects) < 2 and baseline is None:
-        raise SettingsError(
-            "`gate` has nothing to compare with",
-            hint="give `--against` an engine or a URL, or `--baseline` a report; thresholds need no `--gate`",
-        )
+    check_gate(settings, compared=len(subjects) > 1 or baseline is not None)
     if len(subjects) > 1 and baseline is not None:
         raise SettingsError("a baseline is loaded, and a stored one given", hint="leave out one of the two")
     if len(subjects) > 1 and settings.sweep is not None:
@@ -56,6 +52,15 @@ def check(subjects: Mapping[str, Subject], settings: BenchSettings, baseline: Pa
             _check_url(url)
         if subject.engine is not None:
             _check_engine(subject, settings)
+
+
+def check_gate(settings: BenchSettings, *, compared: bool) -> None:
+    """A gate needs something to compare with."""
+    if settings.gate and not compared:
+        raise SettingsError(
+            "`gate` has nothing to compare with",
+            hint="give `--against` an engine or a URL, or `--baseline` a report; thresholds need no `--gate`",
+        )
 
 
 def headers_of(settings: BenchSettings) -> tuple[tuple[str, str], ...]:

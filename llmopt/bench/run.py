@@ -123,7 +123,9 @@ class _Bench:
         judgement = self.judgement
         if self.baseline is not None and invalid is None:
             judgement = findings.against_report(report, self.baseline, self.settings)
-        gate = report["gate"] = findings.gate(found, self.settings, judgement) if invalid is None else None
+        gate = report["gate"] = (
+            findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
+        )
         self.requests.close()
         files.write(self.out, report)
         figures: dict[str, Json] = {
@@ -133,6 +135,15 @@ class _Bench:
         if gate is not None:
             figures["gate"] = {key: gate[key] for key in ("verdict", "reason") if key in gate}
         return Outcome(metrics=figures, events=tuple(notes))
+
+    def _held(self) -> list[str] | None:
+        """The levels that the thresholds are for: of a sweep, the largest load that meets them, if any does."""
+        if self.sweep is None:
+            return None
+        best, settings = self.sweep.best, self.settings
+        if best is None:
+            return []
+        return [(settings.at_rate(best) if self.sweep.kind == "rate" else settings.at_streams(round(best))).label]
 
     def _open_source(self) -> Source:
         owner = next((s for s in self.subjects.values() if s.tokenizer_file is not None), None)

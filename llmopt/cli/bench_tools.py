@@ -150,7 +150,7 @@ def _day(report: Report) -> str:
 
 
 def import_(
-    file: Annotated[str, opt.argument(metavar="FILE")],
+    files: Annotated[list[str], opt.argument(metavar="FILE...")],
     baseline: load.Baseline = None,
     gate: Annotated[bool, opt.option("--gate", help="Let the comparison decide the exit code: 0, 5 or 7.")] = False,
     margin: load.Margin = None,
@@ -170,6 +170,8 @@ def import_(
 ) -> int:
     """Make a report of FILE, a result of `vllm bench serve`, guidellm or aiperf, and judge it as our own are.
 
+    Several files of one tool at one load are rounds of it.
+
     Each figure follows the convention of the tool that measured it, and the report says which.
     """
     from llmopt.bench.report.stored import read_report
@@ -187,7 +189,7 @@ def import_(
         "gate_metrics": None if gate_metrics is None else gate_metrics.split(","),
     }
     stage = stages.import_bench(
-        inputs.text(file, kind="foreign-report"),
+        [inputs.text(file, kind="results") for file in files],
         {key: value for key, value in given.items() if value is not None},
         baseline=inputs.report(session.store, baseline),
     )

@@ -7,7 +7,7 @@ has no result for that key. So a misspelt setting is always an error, and a hit 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -312,18 +312,20 @@ def bench(
     )
 
 
-def import_bench(source: Input, settings: Mapping[str, Any], *, baseline: Input | None = None) -> Stage:
-    """A report from the result file of another load tester, judged as our own are."""
+def import_bench(results: Sequence[Input], settings: Mapping[str, Any], *, baseline: Input | None = None) -> Stage:
+    """A report from the result files of another load tester (several are rounds), judged as our own are."""
     from llmopt import bench
 
     resolved = bench.resolve(settings)
-    report = None if baseline is None else baseline.path
+    paths, report = [result.path for result in results], None if baseline is None else baseline.path
     return Stage(
         kind="report",
         action=Action(
             op="bench.import",
             op_version=bench.OP_VERSION,
-            inputs=_ids(result=source, baseline_report=baseline),
+            inputs=_ids(
+                **{f"result_{number}": result for number, result in enumerate(results)}, baseline_report=baseline
+            ),
             settings={
                 key: value
                 for key, value in to_json(resolved).items()
@@ -333,8 +335,8 @@ def import_bench(source: Input, settings: Mapping[str, Any], *, baseline: Input 
             deps=provenance.versions(("numpy",)),
             target={},
         ),
-        check=lambda: bench.check_import(source.path, resolved, report),
-        produce=lambda out, progress: bench.import_result(source.path, resolved, out, baseline=report),
+        check=lambda: bench.check_import(paths, resolved, report),
+        produce=lambda out, progress: bench.import_results(paths, resolved, out, baseline=report),
     )
 
 

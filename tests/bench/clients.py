@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.bench import selftest
+from llmopt.bench.metrics.figures import compact
 from llmopt.bench.selftest import TOKENS, cores, fetch_log, held, percentile, times_sent, truth_server
 from llmopt.bench.trial import Trial
 
@@ -183,18 +184,23 @@ def _read_core(folder: Path) -> Said:
     return Said(*(percentile(ordered, percent) for ordered in (times.ttft_ms, times.gap_ms) for percent in (50, 99)))
 
 
-def _bench_command(url: str, streams: int, requests: int) -> list[str]:
+def _bench_command(url: str, streams: int, requests: int, *tokenizer: str) -> list[str]:
     options = {"concurrency": streams, "requests": requests, "output-tokens": TOKENS, "endpoint": "chat"}
     options |= {"prompt-tokens": 32, "warmup": 0, "out": "report", "store": "store"}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "llmopt", "bench", url, *flags]
+    return [sys.executable, "-m", "llmopt", "bench", url, *flags, *tokenizer]
+
+
+def _exact_command(url: str, streams: int, requests: int) -> list[str]:
+    """With prompts of an exact length, as the peers make them."""
+    return _bench_command(url, streams, requests, "--tokenizer", str(TOKENIZER))
 
 
 def _read_bench(folder: Path) -> Said:
     (levels,) = json.loads((folder / "report" / "report.json").read_text())["results"].values()
     (summary,) = levels.values()
-    ttft, gap = summary["ttft_ms"], summary["itl_ms"]
-    return Said(ttft["p50"], ttft["p99"], gap["p50"], gap["p99"])
+    found: dict[str, Any] = compact(summary)
+    return Said(*(found[name] for name in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99")))
 
 
 def _guidellm_command(url: str, streams: int, requests: int) -> list[str]:
@@ -241,6 +247,7 @@ def _read_aiperf(folder: Path) -> Said:
 CLIENTS = {
     "llmopt client": Client(_core_command, _read_core),
     "llmopt bench": Client(_bench_command, _read_bench),
+    "llmopt exact": Client(_exact_command, _read_bench),
     "guidellm": Client(_guidellm_command, _read_guidellm),
     "aiperf": Client(_aiperf_command, _read_aiperf),
 }

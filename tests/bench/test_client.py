@@ -1,7 +1,7 @@
 """How true the load client is and what it costs, against a server that logs the truth; the peers are run alike.
 
-`make bench-client` prints it all. A busy machine changes every figure but the medians, so only those can fail; what
-else misses its limit is printed as a miss, beside how long the client waited for its core.
+`make bench-client` prints it all. A busy machine changes the tails, so only medians can fail, and only where the client
+got its core; what else misses its limit is printed as a miss, beside how long the client waited for the core.
 """
 
 from __future__ import annotations
@@ -27,25 +27,36 @@ def show(result: dict[str, Any]) -> None:
             print(f"{verdict}  {level['label']:6} {check['what']:24} {check['value']:9.4f}  limit {check['limit']:g}")
 
 
-@pytest.mark.bench
-def test_the_medians_of_a_closed_loop_are_the_truth() -> None:
-    result: dict[str, Any] = selftest.run(print, streams=STREAMS, rates=(), rounds=8)
+def judge(result: dict[str, Any]) -> None:
+    """The medians of the levels in which the client had its core nearly to itself."""
     show(result)
-    for level in result["levels"]:
-        limits = selftest.FEW if level["streams"] <= 256 else selftest.MANY
+    judged = [level for level in result["levels"] if level["waited"] <= 0.02]
+    for level in judged:
+        limits = selftest.FEW if (level["streams"] or 0) <= 256 else selftest.MANY
         assert level["failed"] == 0
         assert abs(level["ttft_ms_p50"]["error"]) <= limits.ttft_p50, level["label"]
         assert abs(level["gap_ms_p50"]["error"]) <= limits.gap_p50, level["label"]
+    if len(judged) < len(result["levels"]):
+        pytest.skip("the machine was too busy to judge every level")
+
+
+@pytest.mark.bench
+def test_the_medians_of_a_closed_loop_are_the_truth() -> None:
+    judge(selftest.run(print, streams=STREAMS, rates=(), rounds=8))
 
 
 @pytest.mark.bench
 def test_the_medians_of_an_open_loop_are_the_truth() -> None:
-    result: dict[str, Any] = selftest.run(print, streams=(), rates=(100.0, 500.0), rounds=8)
-    show(result)
-    for level in result["levels"]:
-        assert level["failed"] == 0
-        assert abs(level["ttft_ms_p50"]["error"]) <= selftest.FEW.ttft_p50, level["label"]
-        assert abs(level["gap_ms_p50"]["error"]) <= selftest.FEW.gap_p50, level["label"]
+    judge(selftest.run(print, streams=(), rates=(100.0, 500.0), rounds=8))
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(("name", "limit_s"), [("llmopt bench", 0.4), ("llmopt exact", 1.0)])
+def test_the_command_soon_sends_its_first_request(name: str, limit_s: float) -> None:
+    """`exact` reads a tokenizer and makes prompts of an exact length first."""
+    start_s = min(clients.measure(name, streams=1, requests=1).start_s for _ in range(5))
+    print(f"\n{name}: {start_s:.2f} s from the start of the process to its first request, the least of five")
+    assert start_s <= limit_s
 
 
 @pytest.mark.peers

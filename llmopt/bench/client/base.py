@@ -72,7 +72,8 @@ class Exchange:
 class Plan:
     """A load, as data: it can be split among processes.
 
-    Closed loop (`streams`): so many connections, each of which sends the next job when its last one has ended.
+    Closed loop (`streams`): so many connections, each of which sends the next job when its last one has ended; when
+    the jobs are due is not looked at.
     Open loop (`streams` None): every job has its `due_ns` and is sent then, whatever else is in flight.
     """
 

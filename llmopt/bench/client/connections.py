@@ -78,8 +78,11 @@ class Connections:
         """Open a connection to each target whose index is in `wanted`; `turn` serves what happens meanwhile."""
         _allow_files(len(wanted))
         self.pools = [Pool.of(target) for target in targets]
-        for index in wanted:
-            self.open(self.pools[index], None)
+        for pool in map(self.pools.__getitem__, wanted):
+            if not pool.size and len(pool.failures) >= _OPENING:
+                pool.failures.append(pool.failures[-1])  # nobody is there: the others need not wait for it too
+                continue
+            self.open(pool, None)
             while self._opening >= _OPENING:
                 turn()
         while self._opening:

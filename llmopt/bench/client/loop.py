@@ -70,7 +70,8 @@ class Driver(Generic[R]):
 
     def connect(self) -> None:
         """Open the connections that the load will need at once. Raises Interrupted."""
-        wanted = [job.target for job in islice(self._plan.jobs, self._opened_before())]
+        jobs = cycle(self._plan.jobs) if self._plan.repeat else self._plan.jobs
+        wanted = [job.target for job in islice(jobs, self._opened_before())]
         try:
             self._connections.open_before(self._plan.targets, wanted, self._turn)
         except KeyboardInterrupt:
@@ -116,7 +117,7 @@ class Driver(Generic[R]):
                 self._add(started_ns + (job.due_ns or 0), job)
             return
         self._jobs = cycle(plan.jobs) if plan.repeat else iter(plan.jobs)
-        for number in range(min(plan.streams, len(plan.jobs))):
+        for number in range(plan.streams if plan.repeat else min(plan.streams, len(plan.jobs))):
             self._add(started_ns + int(plan.ramp_s * 1e9 * number / plan.streams), None)
 
     def _add(self, due_ns: int, item: Job | None) -> None:
@@ -351,7 +352,7 @@ class Driver(Generic[R]):
         for link in self._connections.links.values():
             exchange = link.exchange
             if exchange is None or exchange.response is None or exchange is self._store.last:
-                continue
+                continue  # nothing is out, or it was kept just when Ctrl-C came
             exchange.end_ns, exchange.failure = now, Failure("interrupted", "Ctrl-C came before its end")
             self._store.keep(exchange)
 

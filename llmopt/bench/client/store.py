@@ -16,7 +16,6 @@ class Store(Generic[R]):
 
     def __init__(self, read: Callable[[Exchange], R]) -> None:
         self.records: list[R] = []
-        self.last: Exchange | None = None
         self.ended = 0
         self.failed = 0
         self.chunks = 0
@@ -31,13 +30,17 @@ class Store(Generic[R]):
         """Answers must be read, time or no time."""
         return self._unread_bytes > 4 * _HELD_BYTES
 
+    @property
+    def last(self) -> Exchange | None:
+        """The one that was kept last, if it is not read yet."""
+        return self._unread[-1] if self._unread else None
+
     def keep(self, exchange: Exchange) -> None:
         response = exchange.response
         answered = exchange.failure is None and response is not None and response.status < 400
         self.failures_in_a_row = 0 if answered else self.failures_in_a_row + 1
         self.failed += not answered
         self.ended += 1
-        self.last = exchange
         self._unread.append(exchange)
         if response is not None:
             self.chunks += len(response.pieces)

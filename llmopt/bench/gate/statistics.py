@@ -25,12 +25,18 @@ _MOST_AT_ONCE = 2_000_000  # Walsh averages in memory: 16 MB
 def walsh(d: Floats) -> Floats:
     """The averages of all pairs along the last axis, each value with itself too: n (n + 1) / 2 of them."""
     i, j = np.triu_indices(d.shape[-1])
-    return np.asarray((d[..., i] + d[..., j]) / 2)
+    averages = np.take(d, i, axis=-1)
+    averages += np.take(d, j, axis=-1)
+    averages /= 2
+    return averages
 
 
 def hodges_lehmann(d: Floats) -> Floats:
     """Median of the Walsh averages along the last axis (Hodges & Lehmann 1963): a mean that outliers cannot move."""
-    return np.asarray(np.median(walsh(d), axis=-1))
+    averages = walsh(d)
+    lower, upper = (averages.shape[-1] - 1) // 2, averages.shape[-1] // 2
+    averages.partition((lower, upper), axis=-1)  # np.median does the same in three times the time
+    return np.asarray((averages[..., lower] + averages[..., upper]) / 2)
 
 
 def bootstrap(d: Floats, alpha: float, seed: int, draws: int = 4000) -> tuple[float, float]:

@@ -106,15 +106,17 @@ def judge(
 ) -> Judgement:
     """Compare interleaved rounds: `rounds[level][metric]` are baseline and candidate, round by round.
 
-    `metrics` None: all that there are. `look` counts from 0 in `looks`, the numbers of rounds at which the gate is or
-    may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail over all looks and figures;
-    `draws` is the size of the bootstrap.
+    `metrics` None: all that there are; else those of them that a level has. `look` counts from 0 in `looks`, the
+    numbers of rounds at which the gate is or may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail
+    over all looks and figures; `draws` is the size of the bootstrap.
     """
     check(margin, alpha)
+    _check_names(metrics or (), rounds)
     chosen = [
         (level, metric, *_floats(figures[metric]))
         for level, figures in rounds.items()
-        for metric in _choose(metrics, figures, level)
+        for metric in (figures if metrics is None else metrics)
+        if metric in figures
     ]
     if not chosen:
         raise SettingsError("there is nothing to compare", hint="name a figure that the report has, as `ttft_ms_p50`")
@@ -169,7 +171,7 @@ def _compare(
     count = len(base)
     nothing = unknown(level, metric, rounds=count, margin=margin)
     if count and min(*base, *cand) <= 0:
-        return replace(nothing, reason="a round has the value 0, and 0 has no ratio")
+        return replace(nothing, reason="a round has no value, or 0, which has no ratio")
     if count < LEAST_ROUNDS:
         return replace(
             nothing, reason=f"{count} rounds cannot tell, {LEAST_ROUNDS} are the least and {LOOKS[0]} advised"
@@ -244,14 +246,13 @@ def _reason(comparison: Comparison, alpha: float) -> str:
     return f"{change} ({between}): {what}, and {in_words(comparison.metric, worst)} is not ruled out"
 
 
-def _choose(metrics: Sequence[str] | None, figures: Mapping[str, Pairs], level: str) -> list[str]:
-    if metrics is None:
-        return list(figures)
+def _check_names(metrics: Sequence[str], rounds: Mapping[str, Mapping[str, Pairs]]) -> None:
+    """A level may lack a figure (TPOT, of answers of one token); a figure that every level lacks is a mistake."""
+    there = {metric for figures in rounds.values() for metric in figures}
     for metric in metrics:
         better(metric)  # a name that no report can have
-        if metric not in figures:
-            raise SettingsError(f"the rounds of `{level}` have no `{metric}`", hint=nearest(metric, figures or names()))
-    return list(metrics)
+        if metric not in there:
+            raise SettingsError(f"no round has a `{metric}`", hint=nearest(metric, there or names()))
 
 
 def _floats(pairs: Pairs) -> tuple[list[float], list[float]]:

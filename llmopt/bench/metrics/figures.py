@@ -11,7 +11,7 @@ import numpy as np
 
 from llmopt.artifacts.outcome import Json
 from llmopt.bench.metrics.intervals import PERCENTILES, spread
-from llmopt.bench.metrics.records import Record
+from llmopt.bench.metrics.records import UNSENT, Record
 from llmopt.bench.metrics.sample import REQUEST_TIMES, Sample, gaps_of
 from llmopt.bench.metrics.telemetry import merged
 from llmopt.bench.settings import LoadShape
@@ -111,16 +111,20 @@ def summarise(levels: Sequence[Level], slo: Mapping[str, float] | None = None) -
         "error_share": _share(sum(errors.values()), len(records)),
         "wall_s": round(math.fsum(level.wall_s for level in levels), 4),
         **_rates(levels, samples, slo),
-        **_times(samples),
+        **_times(samples, scheduled=all(level.load.streams is None for level in levels)),
         **_tokens(samples),
         **_client(levels),
         "server": merged([level.server for level in levels]),
     }
 
 
-def _times(samples: Sequence[Sample]) -> dict[str, Json]:
+def _times(samples: Sequence[Sample], *, scheduled: bool) -> dict[str, Json]:
+    """In a closed loop only the later turns of conversations are due at a time: that is no schedule."""
     found: dict[str, Json] = {}
     for name in REQUEST_TIMES:
+        if name.endswith("_scheduled_ms") and not scheduled:
+            found[name] = None
+            continue
         values = np.concatenate([sample.times[name][sample.counted] for sample in samples])
         found[name] = spread(values[~np.isnan(values)])
     gaps_ms, owner, owners = gaps_of(samples)
@@ -215,9 +219,10 @@ def streams_held(level: Level) -> float:
 
 def sent_and_due_per_s(level: Level) -> tuple[float | None, float | None]:
     """Requests sent a second, and those that were due; None where there are too few, or no schedule."""
-    sent = [record.sent_ns for record in level.records]
-    due = [record.due_ns for record in level.records if record.due_ns is not None]
-    return _per_s(sent), _per_s(due) if len(due) == len(sent) else None
+    sent = [record for record in level.records if record.failure is None or record.failure.kind != UNSENT]
+    due = [record.due_ns for record in sent if record.due_ns is not None]
+    scheduled = level.load.streams is None and len(due) == len(sent)
+    return _per_s([record.sent_ns for record in sent]), _per_s(due) if scheduled else None
 
 
 def compact(summary: Mapping[str, Json]) -> dict[str, Json]:

@@ -12,6 +12,8 @@ from llmopt.bench.client.base import Exchange, Failure
 from llmopt.bench.client.wire import Response
 from llmopt.bench.endpoints import ENDPOINTS
 
+UNSENT = "unsent"
+
 #: What can become of a request that has no answer.
 CLASSES: Mapping[str, str] = {
     "refused": "no connection: the host is unknown, nothing listens, or it does not let us in",
@@ -22,6 +24,7 @@ CLASSES: Mapping[str, str] = {
     "empty": "a complete answer without any text",
     "server_error": "an error that the server reports inside its answer",
     "interrupted": "still in flight when the load was stopped by hand",
+    UNSENT: "due in an open loop, but the limit of requests in flight was reached until its end",
     "http_401": "the key is missing or wrong",
     "http_403": "the key does not allow it",
     "http_429": "too many requests: the server limits their rate",

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmopt.bench.metrics.figures import Level, sent_and_due_per_s, streams_held
 from llmopt.bench.metrics.intervals import least_count
-from llmopt.bench.metrics.records import Record
+from llmopt.bench.metrics.records import UNSENT, Record
 from llmopt.bench.metrics.sample import Sample
 from llmopt.bench.settings import LoadShape
 
@@ -40,7 +40,7 @@ def invalid(level: Level) -> str | None:
     at = f"`{level.subject}` at {words(level.load)}"
     if not level.records:
         return f"no request of {at} was sent"
-    failed = [record for record in level.records if record.failure is not None]
+    failed = [r for r in level.records if r.failure is not None and r.failure.kind != UNSENT]
     if len(failed) > MAX_ERROR_SHARE * len(level.records):
         return f"{len(failed)} of {len(level.records)} requests of {at} failed: {describe(failed)}"
     share = level.cpu_s / (level.wall_s * level.processes) if level.wall_s else 0.0
@@ -157,6 +157,11 @@ def _of_the_client(levels: Sequence[Level], samples: Sequence[Sample]) -> list[s
     if lag_ms > max(_MUCH_LAG_MS, _MUCH_LAG_SHARE * suffers_ms):
         so = "next requests went out that much later" if right else "latencies are that much too long"
         found.append(f"the client ran {lag_ms:.1f} ms late at p99, for want of CPU: {so}")
+    records = [record for level in levels for record in level.records]
+    unsent = sum(record.failure is not None and record.failure.kind == UNSENT for record in records)
+    if unsent:
+        limit = levels[0].load.in_flight
+        found.append(f"{unsent} of {len(records)} requests were never sent: {limit} were in flight, the limit")
     if late := _late(levels):
         found.append(late)
     reconnects = sum(level.reconnects for level in levels)

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from llmopt.bench.client.base import Failure, Interrupted, Job, Plan, Target
-from llmopt.bench.direct import drive_direct, running
+from llmopt.bench.client.base import Failure, Interrupted, Job, Load, Plan, Target
+from llmopt.bench.direct import running
 from llmopt.bench.endpoints import ENDPOINTS
+from llmopt.bench.metrics.records import Record
 from llmopt.errors import LlmoptError, MeasurementInvalidError
 
 # Answers each request with so many tokens as it asks for, 5 ms each, one request after the other.
@@ -29,6 +30,8 @@ CHILD = textwrap.dedent("""
     if mode == "broken":
         say(fatal="no such device: NPU")
         sys.exit(1)
+    if mode == "crash":
+        sys.exit("ModuleNotFoundError: No module named 'openvino_genai'")
     if mode == "slow":
         time.sleep(60)
     say(ready=True)
@@ -68,8 +71,13 @@ def plan(count: int = 6, *, streams: int | None = 2, **fields: Any) -> Plan:
     return Plan(targets=(target,), jobs=jobs, streams=streams, **fields)
 
 
+def drive(folder: Path, load: Plan, command: Callable[[Path], list[str]]) -> Load[Record]:
+    with running("candidate", folder, folder / "log", command) as direct:
+        return direct.drive(load)
+
+
 def test_every_job_has_a_record_with_a_stamp_a_token(command: Any, tmp_path: Path) -> None:
-    load = drive_direct("candidate", tmp_path, tmp_path / "log", plan(), command("good"))
+    load = drive(tmp_path, plan(), command("good"))
     assert sorted(record.prompt for record in load.records) == list(range(6))
     for record in load.records:
         assert (record.failure, record.tokens, record.finish, record.wanted_tokens) == (None, 3, "length", 3)
@@ -81,7 +89,7 @@ def test_every_job_has_a_record_with_a_stamp_a_token(command: Any, tmp_path: Pat
 
 
 def test_so_many_requests_as_streams_are_with_the_engine(command: Any, tmp_path: Path) -> None:
-    load = drive_direct("candidate", tmp_path, tmp_path / "log", plan(streams=3), command("good"))
+    load = drive(tmp_path, plan(streams=3), command("good"))
     edges = [(record.sent_ns, 1) for record in load.records] + [(record.end_ns, -1) for record in load.records]
     in_flight = most = 0
     for _, step in sorted(edges):
@@ -91,7 +99,7 @@ def test_so_many_requests_as_streams_are_with_the_engine(command: Any, tmp_path:
 
 
 def test_a_duration_ends_a_load_that_repeats_its_jobs(command: Any, tmp_path: Path) -> None:
-    load = drive_direct("candidate", tmp_path, tmp_path / "log", plan(2, repeat=True, duration_s=0.2), command("good"))
+    load = drive(tmp_path, plan(2, repeat=True, duration_s=0.2), command("good"))
     assert len(load.records) > 2
     assert load.wall_s >= 0.2
 
@@ -102,20 +110,26 @@ def test_one_engine_can_be_driven_again(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_request_that_the_engine_refuses_fails_alone(command: Any, tmp_path: Path) -> None:
-    load = drive_direct("candidate", tmp_path, tmp_path / "log", plan(), command("refuse"))
+    load = drive(tmp_path, plan(), command("refuse"))
     failures = [record.failure for record in load.records if record.failure is not None]
     assert failures == [Failure("server_error", "too long")]
     assert len(load.records) == 6
 
 
 def test_a_request_without_an_end_times_out(command: Any, tmp_path: Path) -> None:
-    load = drive_direct("candidate", tmp_path, tmp_path / "log", plan(2, timeout_s=0.1), command("hang"))
+    load = drive(tmp_path, plan(2, timeout_s=0.1), command("hang"))
     assert [record.failure.kind for record in load.records if record.failure] == ["timeout"] * 2
 
 
 def test_an_engine_that_cannot_be_loaded_is_said(command: Any, tmp_path: Path) -> None:
     with pytest.raises(LlmoptError, match="no such device: NPU"):
-        drive_direct("candidate", tmp_path, tmp_path / "log", plan(), command("broken"))
+        drive(tmp_path, plan(), command("broken"))
+
+
+def test_an_engine_that_crashes_at_its_start_is_said_with_its_last_words(command: Any, tmp_path: Path) -> None:
+    with pytest.raises(LlmoptError, match="did not start") as caught:
+        drive(tmp_path, plan(), command("crash"))
+    assert "No module named" in str(caught.value.hint)
 
 
 def test_an_engine_that_takes_too_long_to_load_is_ended(command: Any, tmp_path: Path) -> None:
@@ -126,7 +140,7 @@ def test_an_engine_that_takes_too_long_to_load_is_ended(command: Any, tmp_path: 
 
 def test_an_engine_that_dies_makes_the_load_invalid(command: Any, tmp_path: Path) -> None:
     with pytest.raises(MeasurementInvalidError, match="the engine of `candidate` died") as caught:
-        drive_direct("candidate", tmp_path, tmp_path / "log", plan(), command("die"))
+        drive(tmp_path, plan(), command("die"))
     assert "the device is gone" in str(caught.value.hint)
 
 
@@ -135,7 +149,7 @@ def test_ctrl_c_keeps_what_has_ended(command: Any, tmp_path: Path) -> None:
     timer.start()
     began_s = time.monotonic()
     with pytest.raises(Interrupted) as caught:
-        drive_direct("candidate", tmp_path, tmp_path / "log", plan(2, repeat=True, duration_s=60), command("good"))
+        drive(tmp_path, plan(2, repeat=True, duration_s=60), command("good"))
     timer.join()
     assert time.monotonic() - began_s < 30
     kinds = [record.failure.kind if record.failure else "" for record in caught.value.load.records]
@@ -145,7 +159,14 @@ def test_ctrl_c_keeps_what_has_ended(command: Any, tmp_path: Path) -> None:
 
 def test_there_is_no_open_loop(command: Any, tmp_path: Path) -> None:
     with pytest.raises(LlmoptError, match="no open loop"):
-        drive_direct("candidate", tmp_path, tmp_path / "log", plan(streams=None), command("good"))
+        drive(tmp_path, plan(streams=None), command("good"))
+
+
+def test_there_are_no_conversations(command: Any, tmp_path: Path) -> None:
+    talk = plan()
+    talk.jobs[0].then = lambda exchange: None
+    with pytest.raises(LlmoptError, match="no conversations"):
+        drive(tmp_path, talk, command("good"))
 
 
 def test_the_child_is_told_the_body_of_the_request() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,6 +170,29 @@ def test_stamps_are_taken_on_reading_where_the_kernel_s_are_not_wanted(truth: An
     assert found.stamps == "user"
     assert found.lags_ms
     assert all(exchange.end_ns >= exchange.sent_ns for exchange in found.records)
+
+
+def test_a_server_is_reached_over_ipv6(plan: MakePlan, keep: Any) -> None:
+    try:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    with listener:
+        found = drive(plan(f"http://[::1]:{listener.getsockname()[1]}", jobs=1, streams=1), keep)
+    assert kinds(found) == [None]
+
+
+def test_few_jobs_that_repeat_keep_all_streams_busy(truth: Any, plan: MakePlan, keep: Any) -> None:
+    found = drive(plan(truth.url("ttft=200"), jobs=2, streams=6, repeat=True, duration_s=0.1), keep)
+    assert most_at_once(found) == 6
 
 
 def test_a_load_that_repeats_needs_an_end(truth: Any, plan: MakePlan, keep: Any) -> None:

@@ -33,7 +33,7 @@ class Machine:
             if figure and figure == figures - 1:
                 found[HIGHER] = (1e5 / base, 1e5 / cand)
             else:
-                found[f"{LOWER[:-2]}{('50', '90', '99')[figure]}"] = (base, cand)
+                found[f"{LOWER[:-2]}{('50', '90', '95', '99')[figure]}"] = (base, cand)
         return found
 
     def gate(

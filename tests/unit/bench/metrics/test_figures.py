@@ -87,13 +87,14 @@ def test_an_itl_per_request_hides_a_stall_that_every_gap_shows() -> None:
 
 
 def test_open_loop_times_also_count_from_the_schedule() -> None:
-    found = summary(record(sent=40, stamps=(50, 60), due_ns=10 * MS))
+    found = summary(record(sent=40, stamps=(50, 60), due_ns=10 * MS), load=LoadShape(label="r2", rate=2))
     assert (found["ttft_ms"]["p50"], found["ttft_scheduled_ms"]["p50"]) == (10, 40)
     assert (found["e2e_ms"]["p50"], found["e2e_scheduled_ms"]["p50"]) == (20, 50)
 
 
-def test_a_closed_loop_has_no_schedule() -> None:
-    assert summary(record())["ttft_scheduled_ms"] is None
+def test_a_closed_loop_has_no_schedule_though_turns_are_due_when_the_last_has_ended() -> None:
+    found = summary(record(), record(turn=1, due_ns=0))
+    assert (found["ttft_scheduled_ms"], found["due_per_s"]) == (None, None)
 
 
 def test_the_answer_begins_behind_the_reasoning() -> None:

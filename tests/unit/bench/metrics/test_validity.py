@@ -129,6 +129,15 @@ def test_less_than_the_rate_as_the_server_fills_every_place_is_a_result() -> Non
     assert invalid(replace(slow, load=replace(slow.load, in_flight=9))) is not None
 
 
+def test_what_was_never_sent_as_the_server_filled_every_place_is_a_result() -> None:
+    shape = LoadShape(label="r20", rate=20, in_flight=2)
+    unsent = [record(9e4, lasts_ms=0, due_ns=0, failure=Failure("unsent", "")) for _ in range(50)]
+    load = opened(load=shape)
+    load = replace(load, records=(*load.records, *unsent))
+    assert invalid(load) is None
+    assert "50 of 150 requests were never sent: 2 were in flight, the limit" in str(notes([load]))
+
+
 def test_a_few_requests_do_not_tell_of_a_rate() -> None:
     assert invalid(opened(count=10, behind=2)) is None
 
