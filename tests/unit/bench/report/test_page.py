@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmopt.bench.client.base import Failure
 from llmopt.bench.metrics.figures import Level, LoadShape
 from llmopt.bench.report.page import page
 from llmopt.bench.report.requests import Requests, Rows, read
@@ -166,9 +167,15 @@ def test_rows_of_another_tool_are_drawn_without_a_timeline(tmp_path: Path, make_
     assert 'class="bar' not in text
 
 
-def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
-    from llmopt.bench.client.base import Failure
+def test_what_was_cut_does_not_look_decoded(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
+    (level, *_) = make_levels(streams=(4,), rounds=1, requests=8)
+    cut = replace(level, records=[replace(record, failure=Failure("cut", "")) for record in level.records])
+    text = page(make_report([cut], gate=None), rows_of(tmp_path, [cut]))
+    assert 'class="bar b-failed"' in text
+    assert 'class="bar b-decode"' not in text
 
+
+def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
     (level, *_) = make_levels(streams=(4,), rounds=1, requests=8)
     gone = Failure("refused", "connection refused")
     records = [replace(r, failure=gone, stamps_ns=(), answer_ns=None, completion_tokens=None) for r in level.records]
