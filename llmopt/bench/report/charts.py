@@ -46,7 +46,7 @@ def _curve(report: Report, name: str, title: str) -> str | None:
     limits = _limits(report, name)
     x = svg.linear([point.rate for point in every], svg.LEFT, svg.WIDTH - svg.RIGHT)
     values = [value for point in every for value in (point.low, point.high)]
-    y = svg.logarithmic([*values, 0.8 * min(values), *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
+    y = svg.logarithmic([*values, 0.7 * min(values), *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
     parts = [*svg.grid(x, y, "output tokens/s", "ms, p50 and up to p99"), *_limit_lines(limits, x, y)]
     labels, names = _Labels(), list[str]()
     marked = {which: found_by(report.get("sweep"), which) for which in _FOUND}

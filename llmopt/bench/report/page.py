@@ -33,7 +33,7 @@ from llmopt.bench.report.words import (
 _SIGNS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "invalid": "!", None: "·"}
 _TILES = (
     ("ttft_ms_p50", "TTFT p50", "ms"), ("ttft_ms_p99", "TTFT p99", "ms"),
-    ("ttft_scheduled_ms_p99", "TTFT p99 from schedule", "ms"), ("itl_ms_p50", "ITL p50", "ms"),
+    ("ttft_scheduled_ms_p99", "scheduled TTFT p99", "ms"), ("itl_ms_p50", "ITL p50", "ms"),
     ("itl_ms_p99", "ITL p99", "ms"), ("tokens_per_s", "output tokens/s", ""), ("requests_per_s", "requests/s", ""),
     ("goodput_share", "goodput", "share"), ("errors", "errors", ""),
 )  # fmt: skip
@@ -104,7 +104,8 @@ def _tiles(report: Report) -> Iterator[str]:
     best = found_by(report.get("sweep"), "best")
     level = best if best is not None and best in own else next(reversed(own))
     other = next((summary for name, at, summary in rows if name != subject and at == level), {})
-    yield f'<p class="dim">{escape(subject)} at {escape(level)}</p><dl class="tiles">'
+    caveat = "" if report["valid"] else ", in a measurement that is not valid"
+    yield f'<p class="dim">{escape(subject)} at {escape(level)}{caveat}</p><dl class="tiles">'
     for name, label, unit in _TILES:
         value, base = figure(own[level], name), figure(other, name)
         if value is not None:
@@ -206,7 +207,8 @@ def _requests(report: Report, measured: Sequence[Rows]) -> Iterator[str]:
         if of:
             opened = " open" if level == drawn[-1] else ""
             timed = [rounds[0] for rounds in of.values() if not np.isnan(rounds[0].sent_s).any()]
-            drawings = [f"<div>{one}</div>" for one in traces.timelines(timed)]
+            pairs = traces.timelines(timed)
+            drawings = [*pairs[0]] if len(pairs) == 1 else [f"<div>{''.join(pair)}</div>" for pair in pairs]
             inside = "".join([*_grid(traces.distributions(of)), *([_KEY] if timed else ()), *_grid(drawings)])
             count = sum(len(rounds) for rounds in of.values())
             about = f"{level}: {sum(len(s.sent_s) for rounds in of.values() for s in rounds)} requests"

@@ -14,7 +14,7 @@ from llmopt.bench.report.words import number
 _HEIGHT = 280
 _LANES = 40  # streams drawn
 _BARS = 300  # requests drawn
-_BINS = 80  # of time, for rates
+_BINS, _BIN_S = 80, 0.05  # of time, for rates: at most so many, at least so long
 
 
 def distributions(rounds: Mapping[str, Sequence[Rows]]) -> list[str]:
@@ -60,7 +60,7 @@ def _marked(x: float, y: float, style: int, told: str, value: float) -> Iterator
     yield f'<text class="label t{style}" {side} y="{y + (-6 if style % 2 else 14):.1f}">{number(value)}</text>'
 
 
-def timelines(measured: Sequence[Rows]) -> list[str]:
+def timelines(measured: Sequence[Rows]) -> list[tuple[str, str]]:
     """What was in flight when, and the tokens that came of it, of one round of each subject, all over the same time."""
     if not measured:
         return []
@@ -80,7 +80,7 @@ def timelines(measured: Sequence[Rows]) -> list[str]:
     y = svg.linear([float(of.max(initial=0)) for of in rates], 80, svg.TOP)
     y = svg.Axis(low=y.low, high=y.high, start=y.start, end=y.end, ticks=(y.ticks[0], y.ticks[-1]))
     return [
-        _timeline(rows, lane, x) + _rates_chart(of, x, y, style)
+        (_timeline(rows, lane, x), _rates_chart(of, x, y, style))
         for style, (rows, lane, of) in enumerate(zip(measured, lanes, rates, strict=True))
     ]
 
@@ -138,15 +138,16 @@ def _rates(rows: Rows, until_s: float) -> Floats:
     owner = rows.owners()
     weights = (rows.tokens / np.maximum(np.diff(rows.ends, prepend=0), 1))[owner]
     at_s = rows.chunks_s + rows.sent_s[owner]
-    tokens, _ = np.histogram(at_s, _BINS, (0, until_s), weights=weights)
-    found: Floats = tokens * _BINS / until_s
+    bins = int(np.clip(until_s / _BIN_S, 1, _BINS))
+    tokens, _ = np.histogram(at_s, bins, (0, until_s), weights=weights)
+    found: Floats = tokens * bins / until_s
     return found
 
 
 def _rates_chart(rates: Floats, x: svg.Axis, y: svg.Axis, style: int) -> str:
-    xs = np.linspace(x.start, x.end, _BINS + 1)
+    xs = np.linspace(x.start, x.end, len(rates) + 1)
     steps = "".join(f"L{xs[i]:.1f} {y.at(rate):.1f}H{xs[i + 1]:.1f}" for i, rate in enumerate(rates))
     area = f'<path class="area f{style}" d="M{x.start:.1f} {y.start:.1f}{steps}V{y.start:.1f}Z"/>'
-    told = f"{number(float(rates.mean()))} in the mean, {number(float(rates.max(initial=0)))} at most"
+    told = f"at most {number(float(rates.max(initial=0)))}"
     parts = [*svg.grid(x, y, "seconds since the start", ""), area]
     return svg.figure(f"Output tokens/s: {told}", told, parts, height=80 + svg.BOTTOM)

@@ -12,8 +12,8 @@ Outcome = Literal["passed", "failed", "inconclusive", "invalid"]
 #: How a figure is called, and its unit.
 NAMES: Mapping[str, tuple[str, str]] = {
     "ttft_ms": ("TTFT", "ms"),
-    "ttft_scheduled_ms": ("TTFT from schedule", "ms"),
-    "e2e_scheduled_ms": ("E2E from schedule", "ms"),
+    "ttft_scheduled_ms": ("scheduled TTFT", "ms"),
+    "e2e_scheduled_ms": ("scheduled E2E", "ms"),
     "answer_ms": ("first answer token", "ms"),
     "itl_ms": ("ITL", "ms"),
     "itl_request_mean_ms": ("ITL, mean of a request", "ms"),

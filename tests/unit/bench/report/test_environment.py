@@ -56,6 +56,15 @@ def test_the_quota_of_a_container_is_seen(tmp_path: Path, files: dict[str, str])
     assert limits(put(tmp_path, files))["cpus"] == 1.5
 
 
+def test_the_narrowest_of_nested_quotas_counts(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/cpu.max": "50000 100000",
+        "sys/fs/cgroup/a/b/cpu.max": "150000 100000",
+    }
+    assert limits(put(tmp_path, files))["cpus"] == 0.5
+
+
 def test_no_quota_is_no_limit(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/x\n1:cpu:/x\n",

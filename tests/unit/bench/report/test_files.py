@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.bench.report import files
+from llmopt.bench.report import files, flat, foreign
 from llmopt.bench.report.requests import Requests
 from llmopt.errors import LlmoptError
 
@@ -66,3 +66,16 @@ def test_a_copy_that_cannot_be_made_says_where(tmp_path: Path, make_report: Make
     files.write(tmp_path, make_report())
     with pytest.raises(LlmoptError, match=r"cannot write .*report\.md"):
         files.copy(tmp_path, "html", tmp_path / "report.md" / "page.html")
+
+
+def test_a_report_of_another_tool_has_every_form(
+    tmp_path: Path, make_report: MakeReport, make_levels: Callable[..., Any]
+) -> None:
+    levels = make_levels(streams=(4,), rounds=1, requests=12)[:1]
+    (tmp_path / "vllm.json").write_text(flat.vllm(make_report(levels), []))
+    read = foreign.read([tmp_path / "vllm.json"]).report()
+    out = tmp_path / "report"
+    files.prepare(out)
+    files.write(out, {"schema": "llmopt.report/2", "settings": {}, "environment": {}} | read)
+    assert {file.name for file in out.iterdir()} == {*files.FORMS.values()}
+    assert "imported from vllm" in (out / "report.html").read_text()

@@ -6,11 +6,13 @@ import csv
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from llmopt.bench.report import foreign
 from llmopt.bench.report.flat import csv_rows, vllm
 from llmopt.bench.report.requests import Requests, read
 
@@ -84,6 +86,16 @@ def test_a_rate_is_a_number_and_no_rate_is_inf(measured: tuple[Any, Any]) -> Non
     report["results"] = {"candidate": {"c1": summary, "r2.5": summary}}
     asked = [(flat["request_rate"], flat["max_concurrency"]) for flat in objects(vllm(report, rows))]
     assert asked == [("inf", 1), (2.5, None)]
+
+
+def test_what_reads_vllm_reads_this(measured: tuple[Any, Any], tmp_path: Path) -> None:
+    report, _ = measured
+    (tmp_path / "vllm.json").write_text(vllm(*measured))
+    found = foreign.read([tmp_path / "vllm.json"])
+    assert (found.tool, sorted(found.levels)) == ("vllm", ["c1", "c4"])
+    of: Any = found.levels["c4"]
+    ours = [report["results"][subject]["c4"]["ttft_ms"]["p99"] for subject in ("candidate", "baseline")]
+    assert min(ours) <= of["ttft_ms"]["p99"] <= max(ours)  # it has no word for a subject: they are rounds to it
 
 
 def test_csv_has_a_row_for_each_round_and_one_for_all(measured: tuple[Any, Any]) -> None:

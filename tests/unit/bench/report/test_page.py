@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from llmopt.bench.client.base import Failure
 from llmopt.bench.metrics.figures import Level, LoadShape
 from llmopt.bench.report.page import page
 from llmopt.bench.report.requests import Requests, Rows, read
@@ -133,6 +134,7 @@ def test_nothing_measured_says_why(make_report: MakeReport) -> None:
     text = page(make_report([], valid=False, invalid_because="interrupted", gate=None, notes=[]), [])
     Structure(text)
     assert "Not valid" in text
+    assert "Key figures" not in text
     assert "interrupted" in text
 
 
@@ -143,7 +145,7 @@ def test_an_open_loop_shows_what_was_late(tmp_path: Path, make_levels: MakeLevel
     text = page(make_report([late], gate=None), rows_of(tmp_path, [late]))
     assert 'class="bar b-queued"' in text
     assert "Time to first token, from its schedule" in text
-    assert "TTFT p99 from schedule" in text
+    assert "scheduled TTFT p99" in text
 
 
 def test_a_sweep_marks_what_it_found(make_report: MakeReport) -> None:
@@ -165,9 +167,15 @@ def test_rows_of_another_tool_are_drawn_without_a_timeline(tmp_path: Path, make_
     assert 'class="bar' not in text
 
 
-def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
-    from llmopt.bench.client.base import Failure
+def test_what_was_cut_does_not_look_decoded(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
+    (level, *_) = make_levels(streams=(4,), rounds=1, requests=8)
+    cut = replace(level, records=[replace(record, failure=Failure("cut", "")) for record in level.records])
+    text = page(make_report([cut], gate=None), rows_of(tmp_path, [cut]))
+    assert 'class="bar b-failed"' in text
+    assert 'class="bar b-decode"' not in text
 
+
+def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, make_report: MakeReport) -> None:
     (level, *_) = make_levels(streams=(4,), rounds=1, requests=8)
     gone = Failure("refused", "connection refused")
     records = [replace(r, failure=gone, stamps_ns=(), answer_ns=None, completion_tokens=None) for r in level.records]
@@ -177,6 +185,7 @@ def test_only_failures_are_drawn_too(tmp_path: Path, make_levels: MakeLevels, ma
     )
     Structure(text)
     assert 'class="bar b-failed"' in text
+    assert "in a measurement that is not valid" in text
 
 
 def browse(file: Path, *flags: str) -> str:
