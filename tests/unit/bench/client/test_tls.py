@@ -162,3 +162,20 @@ def test_a_handshake_that_does_not_end_is_a_failure_of_tls(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         found = drive(plan(f"https://127.0.0.1:{silent.getsockname()[1]}", jobs=2, streams=1), keep)
     assert kinds(found.records) == {"tls"}
+
+
+def test_a_server_that_lets_nobody_in_is_not_tried_for_every_stream(
+    plan: MakePlan, keep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmopt.bench.client.connections._CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("llmopt.bench.client.connections._OPENING", 4)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found = drive(plan(f"https://127.0.0.1:{silent.getsockname()[1]}", jobs=20, streams=20), keep)
+        silent.setblocking(False)
+        tried = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                tried += 1
+    assert [exchange.failure and exchange.failure.kind for exchange in found.records] == ["tls"] * 20
+    assert 4 <= tried <= 8
