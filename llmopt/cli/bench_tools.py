@@ -38,7 +38,7 @@ def selftest(
         chosen = {"streams": streams or (), "rates": rates or ()}
     result = test.run(session.console.progress, **chosen)
     session.console.result(test.table(result), result)
-    return int(Exit.OK if result["met"] else Exit.MEASUREMENT_INVALID)
+    return int(Exit.OK if result["true"] else Exit.MEASUREMENT_INVALID)
 
 
 def calibrate(
