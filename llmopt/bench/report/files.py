@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmopt.backends import require
 from llmopt.bench.report import flat, requests
 from llmopt.bench.report.junit import junit
 from llmopt.bench.report.markdown import markdown, summary
@@ -26,17 +25,6 @@ FORMS: Mapping[str, str] = {
     "json": "report.json", "html": "report.html", "junit": "junit.xml", "csv": "report.csv",
     "markdown": "report.md", "summary": "summary.md", "vllm": "vllm.json",
 }  # fmt: skip
-
-
-def prepare(out: Path) -> None:
-    """Make the folder, so that one that cannot be written is found before the load, as is a missing pyarrow."""
-    require("pyarrow", extra="data")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / FORMS["json"]).write_bytes(b"")
-        (out / FORMS["json"]).unlink()
-    except OSError as error:
-        raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
 
 
 def write(out: Path, report: Report) -> None:

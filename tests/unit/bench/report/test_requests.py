@@ -100,8 +100,8 @@ def test_a_level_without_requests_changes_nothing(tmp_path: Path, few: list[Leve
 
 def test_pyarrow_waits_for_the_first_level() -> None:
     code = (
-        "import sys; from pathlib import Path; from llmopt.bench.report import files; "
-        "from llmopt.bench.report.requests import Requests; files.prepare(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from llmopt.bench.report import folder; "
+        "from llmopt.bench.report.requests import Requests; folder.prepare(Path(sys.argv[1])); "
         "Requests(Path(sys.argv[1])); assert 'pyarrow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, "."], check=True, timeout=60)
