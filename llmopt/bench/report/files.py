@@ -11,15 +11,13 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmopt.backends import require
-from llmopt.bench.report import flat, requests
-from llmopt.bench.report.junit import junit
-from llmopt.bench.report.markdown import markdown, summary
-from llmopt.bench.report.page import page
-from llmopt.bench.report.words import Report
 from llmopt.errors import LlmoptError
+
+if TYPE_CHECKING:
+    from llmopt.bench.report.words import Report
 
 #: What a user can ask a copy of, by the name of the flag.
 FORMS: Mapping[str, str] = {
@@ -33,22 +31,27 @@ def prepare(out: Path) -> None:
     require("pyarrow", extra="data")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / FORMS["json"]).write_bytes(b"")
-        (out / FORMS["json"]).unlink()
+        (out / ".writable").write_bytes(b"")
+        (out / ".writable").unlink()
     except OSError as error:
         raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
 
 
 def write(out: Path, report: Report) -> None:
-    """report.json first, so that whatever befalls the others, the figures are there."""
+    """report.json first, so that whatever befalls the others, the figures are there.
+
+    What makes them is imported here, after the load: before it, every import delays the first request.
+    """
+    from llmopt.bench.report import flat, junit, markdown, page, rows
+
     _put(out / FORMS["json"], json.dumps(_finite(report), indent=1, ensure_ascii=False) + "\n")
-    measured = requests.read(out)
-    _put(out / FORMS["markdown"], markdown(report))
-    _put(out / FORMS["summary"], summary(report))
-    _put(out / FORMS["junit"], junit(report))
+    measured = rows.read(out)
+    _put(out / FORMS["markdown"], markdown.markdown(report))
+    _put(out / FORMS["summary"], markdown.summary(report))
+    _put(out / FORMS["junit"], junit.junit(report))
     _put(out / FORMS["csv"], flat.csv_rows(report))
     _put(out / FORMS["vllm"], flat.vllm(report, measured))
-    _put(out / FORMS["html"], page(report, measured))
+    _put(out / FORMS["html"], page.page(report, measured))
 
 
 def copy(out: Path, form: str, to: Path) -> None:
