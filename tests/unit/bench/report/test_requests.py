@@ -103,7 +103,8 @@ def test_nothing_heavy_is_loaded_before_the_first_level() -> None:
     code = (
         "import sys; from pathlib import Path; from llmopt.bench.report import environment, files; "
         "from llmopt.bench.report.requests import Requests; files.prepare(Path(sys.argv[1])); "
-        "environment.environment(); Requests(Path(sys.argv[1])); assert not {'pyarrow', 'numpy', 'rich', 'html'} & sys.modules.keys()"
+        "environment.environment(); Requests(Path(sys.argv[1])); "
+        "assert not {'pyarrow', 'numpy', 'rich', 'html'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, "."], check=True, timeout=60)
 
