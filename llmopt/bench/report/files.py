@@ -11,14 +11,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmopt.bench.report import flat, requests
-from llmopt.bench.report.junit import junit
-from llmopt.bench.report.markdown import markdown, summary
-from llmopt.bench.report.page import page
-from llmopt.bench.report.words import Report
 from llmopt.errors import LlmoptError
+
+if TYPE_CHECKING:
+    from llmopt.bench.report.words import Report
 
 #: What a user can ask a copy of, by the name of the flag.
 FORMS: Mapping[str, str] = {
@@ -28,15 +26,20 @@ FORMS: Mapping[str, str] = {
 
 
 def write(out: Path, report: Report) -> None:
-    """report.json first, so that whatever befalls the others, the figures are there."""
+    """report.json first, so that whatever befalls the others, the figures are there.
+
+    What makes them is imported here, after the load: before it, every import delays the first request.
+    """
+    from llmopt.bench.report import flat, junit, markdown, page, rows
+
     _put(out / FORMS["json"], json.dumps(_finite(report), indent=1, ensure_ascii=False) + "\n")
-    measured = requests.read(out)
-    _put(out / FORMS["markdown"], markdown(report))
-    _put(out / FORMS["summary"], summary(report))
-    _put(out / FORMS["junit"], junit(report))
+    measured = rows.read(out)
+    _put(out / FORMS["markdown"], markdown.markdown(report))
+    _put(out / FORMS["summary"], markdown.summary(report))
+    _put(out / FORMS["junit"], junit.junit(report))
     _put(out / FORMS["csv"], flat.csv_rows(report))
     _put(out / FORMS["vllm"], flat.vllm(report, measured))
-    _put(out / FORMS["html"], page(report, measured))
+    _put(out / FORMS["html"], page.page(report, measured))
 
 
 def copy(out: Path, form: str, to: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmopt.bench.report.requests import Floats, Rows, grouped
+from llmopt.bench.report.rows import Floats, Rows, grouped
 from llmopt.bench.report.words import Report, figure, levels
 
 _VLLM_NAMES = {"ttft_ms": "ttft", "tpot_ms": "tpot", "itl_ms": "itl", "e2e_ms": "e2el"}

@@ -18,8 +18,8 @@ def prepare(out: Path) -> None:
     """Make the folder, so that one that cannot be written is found before the load."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / FILE).write_bytes(b"")
-        (out / FILE).unlink()
+        (out / ".writable").write_bytes(b"")
+        (out / ".writable").unlink()
     except OSError as error:
         raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from llmopt.bench.report import charts, traces
 from llmopt.bench.report.lineage import lineage
-from llmopt.bench.report.requests import Rows, grouped
+from llmopt.bench.report.rows import Rows, grouped
 from llmopt.bench.report.words import (
     Report,
     figure,

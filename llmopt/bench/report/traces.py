@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from llmopt.bench.report import svg
-from llmopt.bench.report.requests import Floats, Rows
+from llmopt.bench.report.rows import Floats, Rows
 from llmopt.bench.report.words import number
 
 _HEIGHT = 280

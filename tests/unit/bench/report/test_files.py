@@ -56,6 +56,13 @@ def test_preparing_leaves_the_folder_empty(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+def test_preparing_keeps_what_is_there(tmp_path: Path, make_report: MakeReport) -> None:
+    files.write(tmp_path, make_report())
+    before = sorted(file.name for file in tmp_path.iterdir())
+    files.prepare(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
 def test_a_form_is_copied(tmp_path: Path, make_report: MakeReport) -> None:
     files.write(tmp_path, make_report())
     files.copy(tmp_path, "junit", tmp_path / "new" / "bench.xml")

@@ -14,7 +14,8 @@ import pytest
 
 from llmopt.bench.report import foreign
 from llmopt.bench.report.flat import csv_rows, vllm
-from llmopt.bench.report.requests import Requests, read
+from llmopt.bench.report.requests import Requests
+from llmopt.bench.report.rows import read
 
 #: What `vllm bench serve --save-result` writes without `--save-detailed`, for one percentile.
 VLLM_KEYS = {

@@ -17,7 +17,8 @@ import pytest
 from llmopt.bench.client.base import Failure
 from llmopt.bench.metrics.figures import Level, LoadShape
 from llmopt.bench.report.page import page
-from llmopt.bench.report.requests import Requests, Rows, read
+from llmopt.bench.report.requests import Requests
+from llmopt.bench.report.rows import Rows, read
 
 MakeReport = Callable[..., dict[str, Any]]
 MakeLevels = Callable[..., list[Level]]

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmopt.bench.metrics.figures import Level, summarise
-from llmopt.bench.report.requests import PARTS, REQUESTS, Requests, grouped, read
+from llmopt.bench.report.requests import PARTS, REQUESTS, Requests
+from llmopt.bench.report.rows import grouped, read
 
 MakeLevels = Callable[..., list[Level]]
 
@@ -98,11 +99,12 @@ def test_a_level_without_requests_changes_nothing(tmp_path: Path, few: list[Leve
     assert [rows.level for rows in read(out)] == [few[1].load.label]
 
 
-def test_pyarrow_waits_for_the_first_level() -> None:
+def test_nothing_heavy_is_loaded_before_the_first_level() -> None:
     code = (
-        "import sys; from pathlib import Path; from llmopt.bench.report import folder; "
+        "import sys; from pathlib import Path; from llmopt.bench.report import environment, files; "
         "from llmopt.bench.report.requests import Requests; folder.prepare(Path(sys.argv[1])); "
-        "Requests(Path(sys.argv[1])); assert 'pyarrow' not in sys.modules"
+        "environment.environment(); Requests(Path(sys.argv[1])); "
+        "assert not {'pyarrow', 'numpy', 'rich', 'html'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, "."], check=True, timeout=60)
 
