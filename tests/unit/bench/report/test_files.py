@@ -59,7 +59,7 @@ def test_preparing_leaves_the_folder_empty(tmp_path: Path) -> None:
 def test_preparing_keeps_what_is_there(tmp_path: Path, make_report: MakeReport) -> None:
     files.write(tmp_path, make_report())
     before = sorted(file.name for file in tmp_path.iterdir())
-    files.prepare(tmp_path)
+    folder.prepare(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
