@@ -12,7 +12,7 @@ from llmopt.bench.gate.verdict import Judgement
 from llmopt.bench.metrics import figures, validity
 from llmopt.bench.metrics.figures import Level
 from llmopt.bench.metrics.records import Record
-from llmopt.bench.report.stored import read_report
+from llmopt.bench.report.folder import read_report
 from llmopt.bench.settings import BenchSettings
 
 #: subject -> level -> figures

@@ -12,10 +12,9 @@ from llmopt.bench import findings
 from llmopt.bench.gate.verdict import Judgement
 from llmopt.bench.metrics.figures import compact
 from llmopt.bench.preflight import check_gate
-from llmopt.bench.report import files, foreign
+from llmopt.bench.report import files, folder, foreign
 from llmopt.bench.report.environment import environment
 from llmopt.bench.report.requests import Requests
-from llmopt.bench.report.stored import SCHEMA, read_report
 from llmopt.bench.settings import BenchSettings
 from llmopt.errors import MeasurementInvalidError
 
@@ -25,7 +24,7 @@ def check(results: Sequence[Path], settings: BenchSettings, baseline: Path | Non
     foreign.read(results)
     check_gate(settings, compared=baseline is not None)
     if baseline is not None:
-        read_report(baseline)
+        folder.read_report(baseline)
 
 
 def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: Path | None) -> Outcome:
@@ -33,10 +32,10 @@ def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: 
 
     Raises MeasurementInvalidError after writing it where the tool's own figures say that the run means nothing.
     """
-    files.prepare(out)
+    folder.prepare(out)
     imported = foreign.read(results)
     report: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": folder.SCHEMA,
         **imported.report(),
         "ratio": {},
         "settings": {"imported": [path.name for path in results]},

@@ -129,7 +129,6 @@ class Loader:
 
     def _measure(self, served: Served, work: Work, number: int) -> Level:
         from llmopt.bench.metrics import telemetry
-        from llmopt.bench.metrics.figures import Level
 
         about: dict[str, Json] = {"stage": "load", "subject": served.subject.name, "load": work.load.label}
 
@@ -146,6 +145,8 @@ class Loader:
             )
 
         def level(load: Load[Record]) -> Level:
+            from llmopt.bench.metrics.figures import Level  # with numpy, so not before the load
+
             return Level(
                 subject=served.subject.name,
                 load=work.load,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmopt.bench.endpoints import ENDPOINTS
-from llmopt.bench.report.stored import read_report
+from llmopt.bench.report.folder import read_report
 from llmopt.bench.settings import BenchSettings, Subject, header_of
 from llmopt.errors import LlmoptError, SettingsError
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.bench import level, preflight
 from llmopt.bench.level import Loader, PartialLevel, Served
+from llmopt.bench.report import folder
+from llmopt.bench.report.environment import environment
 from llmopt.bench.serving import last_lines, serving
 from llmopt.bench.settings import BenchSettings, LoadShape, Subject
 from llmopt.bench.workload.source import Source, open_source
@@ -67,7 +69,7 @@ class _Bench:
     baseline: Path | None  # a stored report
     loader: Loader = field(init=False)
     environment: dict[str, Json] = field(init=False)
-    requests: Requests = field(init=False)
+    requests: Requests | None = None  # with the first level: numpy and pyarrow would hold up the first request
     levels: list[Level] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
     judgement: Judgement | None = None
@@ -77,12 +79,7 @@ class _Bench:
     total: int | None = None  # levels in all, as far as can be known
 
     def __post_init__(self) -> None:
-        from llmopt.bench.report import files
-        from llmopt.bench.report.environment import environment
-        from llmopt.bench.report.requests import Requests
-
-        files.prepare(self.out)
-        self.requests = Requests(self.out)
+        folder.prepare(self.out)
         self.environment = environment()
         headers = preflight.headers_of(self.settings)
         self.loader = Loader(self.settings, self.progress, headers, preflight.secrets_of(headers))
@@ -102,12 +99,11 @@ class _Bench:
         from llmopt.bench import findings
         from llmopt.bench.metrics.figures import CONVENTIONS, compact
         from llmopt.bench.report import files
-        from llmopt.bench.report.stored import SCHEMA
 
         found = findings.results(self.levels, self.settings)
         notes = [*self.notes, *findings.notes(self.levels, self._asked)]
         report: dict[str, Json] = {
-            "schema": SCHEMA,
+            "schema": folder.SCHEMA,
             "valid": invalid is None,
             "invalid_because": invalid,
             "settings": to_json(self.settings),
@@ -126,7 +122,8 @@ class _Bench:
         gate = report["gate"] = (
             findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
         )
-        self.requests.close()
+        if self.requests is not None:
+            self.requests.close()
         files.write(self.out, report)
         figures: dict[str, Json] = {
             name: {at: compact(summary) for at, summary in levels.items()} for name, levels in found.items()
@@ -159,8 +156,6 @@ class _Bench:
         return source
 
     def _measure_rounds(self, source: Source) -> None:
-        from llmopt.bench import findings
-
         loads = self.settings.loads(timed=source.timed)
         order, number = random.Random(self.settings.seed), 0
         for look, rounds in enumerate(self.settings.looks):
@@ -170,6 +165,8 @@ class _Bench:
                 number += 1
             if len(self.subjects) < 2:
                 return
+            from llmopt.bench import findings
+
             self.judgement = findings.judge(self.levels, self.settings, look)
             if self.judgement.verdict != "inconclusive":
                 return
@@ -210,9 +207,7 @@ class _Bench:
                 work = self._prepare(shape, source, len(self.levels))
                 self.loader.warm_up(served, work)
                 found = self.loader.measure(served, work, len(self.levels))
-                self.requests.append(found)
-                self.levels.append(found)
-                self._say(found)
+                self.add(found)
                 figures = compact(findings.summarised([found], settings))
                 meets = not slo.broken(settings.slos, figures) if settings.slos else None
                 return Measured(figures=figures, valid=validity.invalid(found) is None, meets=meets)
@@ -244,9 +239,7 @@ class _Bench:
         """Write the level down; raises MeasurementInvalidError if it is not valid."""
         from llmopt.bench.metrics import validity
 
-        self.levels.append(measured)
-        self.requests.append(measured)
-        self._say(measured)
+        self.add(measured)
         if work.repeat and sum(record.turn == 0 for record in measured.records) > len(work.measured):
             self.notes.append(
                 f"`{measured.subject}` {measured.load.label}: prompts came again after {len(work.measured)} requests; "
@@ -259,6 +252,16 @@ class _Bench:
         if reason := validity.invalid(measured):
             hint = last_lines(server.log) if server is not None else "see to the cause and measure again"
             raise MeasurementInvalidError(reason, hint=hint)
+
+    def add(self, measured: Level) -> None:
+        """Write the requests of a level down, and say what came of it."""
+        from llmopt.bench.report.requests import Requests
+
+        if self.requests is None:
+            self.requests = Requests(self.out)
+        self.levels.append(measured)
+        self.requests.append(measured)
+        self._say(measured)
 
     def _say(self, measured: Level) -> None:
         from llmopt.bench import findings

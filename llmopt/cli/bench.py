@@ -139,7 +139,7 @@ def bench(
 
     See also `llmopt bench selftest`, `bench calibrate`, `bench history` and `bench import`.
     """
-    from llmopt.bench.report.stored import read_report
+    from llmopt.bench.report.folder import read_report
     from llmopt.cli import verdict
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages

@@ -38,7 +38,7 @@ def selftest(
         chosen = {"streams": streams or (), "rates": rates or ()}
     result = test.run(session.console.progress, **chosen)
     session.console.result(test.table(result), result)
-    return int(Exit.OK if result["met"] else Exit.MEASUREMENT_INVALID)
+    return int(Exit.OK if result["true"] else Exit.MEASUREMENT_INVALID)
 
 
 def calibrate(
@@ -72,7 +72,7 @@ def calibrate(
     Give the options of the bench that is to be gated. The report is stored as any other.
     """
     from llmopt.bench.gate.calibrate import calibrate as from_rounds
-    from llmopt.bench.report.stored import read_report, rounds_of
+    from llmopt.bench.report.folder import read_report, rounds_of
     from llmopt.bench.settings import share
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
@@ -174,7 +174,7 @@ def import_(
 
     Each figure follows the convention of the tool that measured it, and the report says which.
     """
-    from llmopt.bench.report.stored import read_report
+    from llmopt.bench.report.folder import read_report
     from llmopt.cli import verdict
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages

@@ -46,7 +46,7 @@ class Forms:
     def deliver(self, folder: Path) -> None:
         """Copy the forms of the report in `folder`; on GitHub also annotate, and add to the step's summary."""
         from llmopt.bench.report import files, markdown
-        from llmopt.bench.report.stored import FILE, read_report
+        from llmopt.bench.report.folder import FILE, read_report
 
         if not (folder / FILE).is_file():
             return  # it ended before there was anything to tell

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import resource
 import select
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -53,13 +54,17 @@ class Timers:
 
 
 class Connections:
-    """`stands` is called for a connection that came to stand, `fails` for one that did not and had a request."""
+    """`stands` is called for a connection that came to stand, `fails` for one that did not and had a request.
+
+    `stop` is a socket of its own, on which something comes when the load is to be cut short.
+    """
 
     def __init__(
         self,
         timers: Timers,
         *,
         kernel_stamps: bool,
+        stop: socket.socket,
         stands: Callable[[Link], None],
         fails: Callable[[Exchange, Failure], None],
     ) -> None:
@@ -71,6 +76,7 @@ class Connections:
         self._stands = stands
         self._fails = fails
         self._epoll = select.epoll()  # before the sockets, so that its number is one that select takes
+        self._epoll.register(stop.fileno(), select.EPOLLIN)
         self._opening = 0
         self._before_load = True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import select
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Generic
 
 from llmopt.bench.client.base import Exchange, Failure, Interrupted, Job, Load, Plan, R, Watch
 from llmopt.bench.client.connections import Connections, Timers
+from llmopt.bench.client.interrupts import came, ctrl_c
 from llmopt.bench.client.link import Link
 from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps
 from llmopt.bench.client.store import Store
@@ -38,23 +40,35 @@ def drive(plan: Plan, read: Callable[[Exchange], R], watch: Callable[[Watch], No
     Errors of single requests are in their exchanges. A stream that cannot connect is given up, and so is the whole
     load when nothing but failures comes back. Raises Interrupted on Ctrl-C.
     """
-    driver = Driver(plan, read, watch)
-    driver.connect()
-    return driver.run(monotonic_ns())
+    with ctrl_c() as stop:
+        driver = Driver(plan, read, stop, watch)
+        driver.connect()
+        return driver.run(monotonic_ns())
 
 
 class Driver(Generic[R]):
-    """A load in two steps, so that several processes can begin at once: `connect`, then `run`."""
+    """A load in two steps, so that several processes can begin at once: `connect`, then `run`.
 
-    def __init__(self, plan: Plan, read: Callable[[Exchange], R], watch: Callable[[Watch], None] | None = None) -> None:
+    When something comes on `stop`, both end early and raise Interrupted.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        read: Callable[[Exchange], R],
+        stop: socket.socket,
+        watch: Callable[[Watch], None] | None = None,
+    ) -> None:
         if plan.repeat and (plan.duration_s is None or plan.streams is None):
             raise ValueError("a load that repeats its jobs needs streams and a duration")
         self._plan = plan
         self._watch = watch
+        self._stop = stop
+        self._stopped = False
         self._closed_loop = plan.streams is not None
         self._timers = Timers()
         self._connections = Connections(
-            self._timers, kernel_stamps=plan.kernel_stamps, stands=self._stands, fails=self._end_unsent
+            self._timers, kernel_stamps=plan.kernel_stamps, stop=stop, stands=self._stands, fails=self._end_unsent
         )
         self._stamps = Stamps(plan.kernel_stamps)
         self._store = Store(read)
@@ -69,35 +83,33 @@ class Driver(Generic[R]):
         self._late_ms: list[float] = []
 
     def connect(self) -> None:
-        """Open the connections that the load will need at once. Raises Interrupted."""
+        """Open the connections that the load will need at once."""
         jobs = cycle(self._plan.jobs) if self._plan.repeat else self._plan.jobs
         wanted = [job.target for job in islice(jobs, self._opened_before())]
-        try:
-            self._connections.open_before(self._plan.targets, wanted, self._turn)
-        except KeyboardInterrupt:
+        self._connections.open_before(self._plan.targets, wanted, self._turn_connecting)
+
+    def _turn_connecting(self) -> None:
+        self._turn()
+        if self._stopped:
             self._connections.close_all()
-            raise Interrupted(self._load(monotonic_ns(), 0.0, 0.0)) from None
+            raise Interrupted(self._load(monotonic_ns(), 0.0, 0.0))
 
     def run(self, started_ns: int) -> Load[R]:
-        """Run the load from `started_ns` on, which may lie ahead. Raises Interrupted."""
+        """Run the load from `started_ns` on, which may lie ahead."""
         began_cpu_ns = time.thread_time_ns()
-        interrupted = False
         try:
             with _no_collection():
                 self._schedule(started_ns)
-                try:
-                    self._turn_until_ended(started_ns)
-                except KeyboardInterrupt:
-                    interrupted = True
+                self._turn_until_ended(started_ns)
                 wall_s = max(0, monotonic_ns() - started_ns) / 1e9
                 cpu_s = (time.thread_time_ns() - began_cpu_ns) / 1e9
-                if interrupted:
+                if self._stopped:
                     self._cut()
-                interrupted |= not self._store.read_all()
+                self._store.read_all()
         finally:
             self._connections.close_all()
         load = self._load(started_ns, wall_s, cpu_s)
-        if interrupted:
+        if came(self._stop):
             raise Interrupted(load)
         return load
 
@@ -127,11 +139,11 @@ class Driver(Generic[R]):
 
     def _turn_until_ended(self, started_ns: int) -> None:
         if self._watch is None:
-            while self._alive:
+            while self._alive and not self._stopped:
                 self._turn()
             return
         next_ns = started_ns
-        while self._alive:
+        while self._alive and not self._stopped:
             self._turn(next_ns)
             now = monotonic_ns()
             if now >= next_ns:
@@ -154,8 +166,9 @@ class Driver(Generic[R]):
             links = self._connections.links
             for number, mask in ready:
                 link = links.get(number)
-                if link is None:
-                    continue  # it was closed in this turn
+                if link is None:  # it was closed in this turn, or it is no connection
+                    self._stopped |= number == self._stop.fileno()
+                    continue
                 if link.connected and mask == select.EPOLLIN:
                     self._receive(link)
                 else:
@@ -351,8 +364,8 @@ class Driver(Generic[R]):
         now = monotonic_ns()
         for link in self._connections.links.values():
             exchange = link.exchange
-            if exchange is None or exchange.response is None or exchange is self._store.last:
-                continue  # nothing is out, or it was kept just when Ctrl-C came
+            if exchange is None or exchange.response is None:
+                continue
             exchange.end_ns, exchange.failure = now, Failure("interrupted", "Ctrl-C came before its end")
             self._store.keep(exchange)
 

@@ -30,11 +30,6 @@ class Store(Generic[R]):
         """Answers must be read, time or no time."""
         return self._unread_bytes > 4 * _HELD_BYTES
 
-    @property
-    def last(self) -> Exchange | None:
-        """The one that was kept last, if it is not read yet."""
-        return self._unread[-1] if self._unread else None
-
     def keep(self, exchange: Exchange) -> None:
         response = exchange.response
         answered = exchange.failure is None and response is not None and response.status < 400
@@ -48,20 +43,12 @@ class Store(Generic[R]):
             self.full = self._unread_bytes > _HELD_BYTES
 
     def read_one(self) -> None:
-        exchange = self._unread[0]
+        exchange = self._unread.popleft()
         self.records.append(self._read(exchange))
-        self._unread.popleft()
         if exchange.response is not None:
             self._unread_bytes -= exchange.response.received_bytes
             self.full = self._unread_bytes > _HELD_BYTES
 
-    def read_all(self) -> bool:
-        """False when Ctrl-C came; they are read all the same, unless it comes again."""
-        try:
-            while self._unread:
-                self.read_one()
-        except KeyboardInterrupt:
-            while self._unread:
-                self.read_one()
-            return False
-        return True
+    def read_all(self) -> None:
+        while self._unread:
+            self.read_one()

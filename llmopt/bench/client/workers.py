@@ -16,8 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
@@ -25,6 +24,7 @@ from typing import Any
 
 from llmopt.bench.client import loop
 from llmopt.bench.client.base import Exchange, Interrupted, Load, Plan, R, Watch
+from llmopt.bench.client.interrupts import came, ctrl_c
 from llmopt.errors import LlmoptError
 
 _SIZE = struct.Struct("!Q")
@@ -46,7 +46,7 @@ def drive(
         return loop.drive(plan, read, watch)
     workers = [_Worker.started() for _ in parts]
     try:
-        with _ctrl_c() as stop:
+        with ctrl_c() as stop:
             for worker, part in zip(workers, parts, strict=True):
                 worker.send((part, read, watch is not None))
             interrupted = _wait(workers, stop, watch)
@@ -69,33 +69,16 @@ def _wait(workers: Sequence[_Worker], stop: socket.socket, watch: Callable[[Watc
                 worker.send(begin_ns)
         ready, _, _ = select.select([stop, *waiting], [], [])
         if stop in ready:
-            if interrupted:
-                raise KeyboardInterrupt  # a second time: what the processes have is not waited for
             interrupted = bool(stop.recv(1))
             for worker in waiting.values():
-                worker.interrupt()
+                worker.interrupt(begun=begun)
             continue
         for pipe in ready:
             waiting[pipe].take()
         states = [worker.state for worker in workers if worker.state is not None]
         if watch is not None and states:
             watch(Watch.joined(states))
-    return interrupted
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[socket.socket]:
-    """A socket on which something comes at Ctrl-C, since an exception in the middle of a message would lose it."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        if threading.current_thread() is not threading.main_thread():
-            yield ours  # it goes to the main thread
-            return
-        before = signal.signal(signal.SIGINT, lambda *_: theirs.send(b"c"))
-        try:
-            yield ours
-        finally:
-            signal.signal(signal.SIGINT, before)
+    return interrupted or came(stop)
 
 
 @dataclass(slots=True)
@@ -145,9 +128,9 @@ class _Worker:
         else:
             self.connected = True
 
-    def interrupt(self) -> None:
+    def interrupt(self, *, begun: bool) -> None:
         self.interrupted = True
-        self.process.send_signal(signal.SIGINT if self.connected else signal.SIGKILL)
+        self.process.send_signal(signal.SIGINT if begun else signal.SIGKILL)
 
     def end(self) -> None:
         self.pipe.close()
@@ -195,20 +178,18 @@ def _receive_bytes(pipe: socket.socket, size: int) -> bytearray:
 
 def _work(pipe: socket.socket) -> None:
     """The process's side."""
-    plan, read, watched = _receive(pipe)
-    driver = loop.Driver(plan, read, (lambda state: _send(pipe, state)) if watched else None)
-    try:
-        driver.connect()
-        _send(pipe, "connected")
-        begin_ns = _receive(pipe)
-        threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-        load = driver.run(begin_ns)
-    except Interrupted as interrupted:
-        load = interrupted.load
-    except KeyboardInterrupt:
-        load = _nothing()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it could only cut the load's own message short
-    _send(pipe, load)
+    with ctrl_c() as stop:
+        plan, read, watched = _receive(pipe)
+        driver = loop.Driver(plan, read, stop, (lambda state: _send(pipe, state)) if watched else None)
+        try:
+            driver.connect()
+            _send(pipe, "connected")
+            begin_ns = _receive(pipe)
+            threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+            load = driver.run(begin_ns)
+        except Interrupted as interrupted:
+            load = interrupted.load
+        _send(pipe, load)
 
 
 def _end_with_parent(pipe: socket.socket) -> None:

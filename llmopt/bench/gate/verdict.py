@@ -23,7 +23,7 @@ Verdict = Literal["pass", "fail", "inconclusive"]
 Pairs = tuple[Sequence[float], Sequence[float]]  # baseline and candidate, one value a round
 
 LOOKS = (12, 24, 48)
-LEAST_ROUNDS = 6  # of fewer, not even the most extreme order of signs is rare enough: 1 in 2^5 is 0.031 at one look
+LEAST_ROUNDS = 6  # five values are too few to draw an interval from, and their p has a floor of 1 in 2^5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +107,8 @@ def judge(
     """Compare interleaved rounds: `rounds[level][metric]` are baseline and candidate, round by round.
 
     `metrics` None: all that there are; else those of them that a level has. `look` counts from 0 in `looks`, the
-    numbers of rounds at which the gate is or may be asked; empty: this is the only time. `alpha` is the chance of a wrong fail
-    over all looks and figures; `draws` is the size of the bootstrap.
+    numbers of rounds at which the gate is or may be asked; empty: this is the only time. `alpha` is the chance of a
+    wrong fail over all looks and figures; `draws` is the size of the bootstrap.
     """
     check(margin, alpha)
     _check_names(metrics or (), rounds)

@@ -19,10 +19,11 @@ from llmopt.bench.settings import LoadShape
 
 MAX_ERROR_SHARE = 0.01
 MAX_CLIENT_CPU_SHARE = 0.9  # of a core, for each of its processes
-MIN_STREAMS_HELD_SHARE = 0.95  # of those asked for
-MIN_RATE_SHARE = 0.95  # of the schedule's, where the client is what was late
+MIN_HELD_SHARE = 0.95  # of the streams, or of the schedule's rate where the client is what was late
+MIN_HELD_SHARE_OF_SHORT = 0.8  # of a load below LONG_FROM_S, of which one busy moment of the machine is much
 JUDGED_FROM_S = 1.0  # in a shorter load its beginning and its end weigh too much
-JUDGED_FROM_WAVES = 3  # conversations (mostly one request) for each stream, for the same reason
+LONG_FROM_S = 5.0
+JUDGED_FROM_WAVES = 3  # conversations (mostly one request) for each stream; of fewer, begin and end are the most
 JUDGED_FROM_REQUESTS = 20  # of an open loop
 
 LATE_MS = 1.0  # a sending later than this, and than _LATE_SHARE of the mean time between two
@@ -46,7 +47,8 @@ def invalid(level: Level) -> str | None:
     share = level.cpu_s / (level.wall_s * level.processes) if level.wall_s else 0.0
     if level.wall_s >= JUDGED_FROM_S and share > MAX_CLIENT_CPU_SHARE:
         return f"the client could not hold the load of {at}: it used {share:.0%} of a core"
-    return _streams_not_held(level, at) if level.load.streams is not None else _rate_not_held(level, at)
+    found = not_held(level, MIN_HELD_SHARE if level.wall_s >= LONG_FROM_S else MIN_HELD_SHARE_OF_SHORT)
+    return None if found is None else f"the client could not hold the load of {at}: it {found}"
 
 
 def words(load: LoadShape) -> str:
@@ -63,29 +65,30 @@ def describe(failed: Sequence[Record]) -> str:
     return ", ".join(f"{count} `{kind}` ({details[kind]})" for kind, count in kinds.most_common())
 
 
-def _streams_not_held(level: Level, at: str) -> str | None:
+def not_held(level: Level, share: float) -> str | None:
+    """What the client did where that is less than a share of what it was asked, and not for the server's sake."""
+    if level.wall_s < JUDGED_FROM_S:
+        return None
+    return _streams_not_held(level, share) if level.load.streams is not None else _rate_not_held(level, share)
+
+
+def _streams_not_held(level: Level, share: float) -> str | None:
     """Between two requests of a stream there is the client, and nothing else, unless conversations have pauses."""
     asked = level.load.streams or 0
     pauses = any(record.turn > 0 and record.due_ns is not None for record in level.records)
     begun = sum(record.turn == 0 for record in level.records)
-    few = level.wall_s < JUDGED_FROM_S or begun < JUDGED_FROM_WAVES * asked
-    if pauses or few or _reconnects_much(level):
+    if pauses or begun < JUDGED_FROM_WAVES * asked or level.reconnects > _MANY_RECONNECTS * len(level.records):
         return None
     held = streams_held(level)
-    if held >= MIN_STREAMS_HELD_SHARE * asked:
-        return None
-    return f"the client could not hold the load of {at}: it held {held:.1f} streams"
+    return None if held >= share * asked else f"held {held:.2f} of {asked} streams"
 
 
-def _rate_not_held(level: Level, at: str) -> str | None:
+def _rate_not_held(level: Level, share: float) -> str | None:
     """Less than the schedule is the client's fault where it sent late with places to spare."""
     sent_per_s, due_per_s = sent_and_due_per_s(level)
-    few = level.wall_s < JUDGED_FROM_S or len(level.records) < JUDGED_FROM_REQUESTS
-    if few or sent_per_s is None or due_per_s is None or sent_per_s >= MIN_RATE_SHARE * due_per_s:
+    if len(level.records) < JUDGED_FROM_REQUESTS or sent_per_s is None or due_per_s is None or places_full(level):
         return None
-    if places_full(level):
-        return None
-    return f"the client could not hold the load of {at}: it sent {sent_per_s:g} of {due_per_s:g} requests/s"
+    return None if sent_per_s >= share * due_per_s else f"sent {sent_per_s:g} of {due_per_s:g} requests/s"
 
 
 def places_full(level: Level) -> bool:
@@ -157,6 +160,9 @@ def _of_the_client(levels: Sequence[Level], samples: Sequence[Sample]) -> list[s
     if lag_ms > max(_MUCH_LAG_MS, _MUCH_LAG_SHARE * suffers_ms):
         so = "next requests went out that much later" if right else "latencies are that much too long"
         found.append(f"the client ran {lag_ms:.1f} ms late at p99, for want of CPU: {so}")
+    short = [what for level in levels if level.wall_s < LONG_FROM_S and (what := not_held(level, MIN_HELD_SHARE))]
+    if short:
+        found.append(f"the client {short[0]}, in a load too short to be judged by that")
     records = [record for level in levels for record in level.records]
     unsent = sum(record.failure is not None and record.failure.kind == UNSENT for record in records)
     if unsent:
@@ -184,10 +190,6 @@ def _late(levels: Sequence[Level]) -> str | None:
     why = f", when {limit} were in flight, the limit" if any(places_full(level) for level in levels) else ""
     p99_ms = float(np.percentile(late, 99))
     return f"{share:.0%} of the requests were sent more than {much_ms:.1f} ms late (p99 {p99_ms:.1f} ms){why}"
-
-
-def _reconnects_much(level: Level) -> bool:
-    return level.reconnects > _MANY_RECONNECTS * len(level.records)
 
 
 def _range(values: Sequence[int | None]) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.backends import require
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
@@ -24,17 +23,6 @@ FORMS: Mapping[str, str] = {
     "json": "report.json", "html": "report.html", "junit": "junit.xml", "csv": "report.csv",
     "markdown": "report.md", "summary": "summary.md", "vllm": "vllm.json",
 }  # fmt: skip
-
-
-def prepare(out: Path) -> None:
-    """Make the folder, so that one that cannot be written is found before the load, as is a missing pyarrow."""
-    require("pyarrow", extra="data")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").write_bytes(b"")
-        (out / ".writable").unlink()
-    except OSError as error:
-        raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
 
 
 def write(out: Path, report: Report) -> None:

@@ -65,7 +65,7 @@ def misses(level: dict[str, Any]) -> list[str]:
 def test_a_client_that_sees_the_truth_is_within_the_limits() -> None:
     truth = closed_loop()
     level = selftest.judge(trial(), seen_by_client(truth), truth, begun_ns=0)
-    assert (misses(level), level["met"]) == ([], True)
+    assert (misses(level), level["true"], level["met"]) == ([], True, True)
 
 
 def test_a_client_late_by_a_hundredth_misses_the_median() -> None:
@@ -74,6 +74,12 @@ def test_a_client_late_by_a_hundredth_misses_the_median() -> None:
     assert misses(level) == ["ttft_ms_p50 error"]
     assert level["ttft_ms_p50"]["error"] == pytest.approx(0.01)
     assert level["transit_us"]["p50"] == pytest.approx(1000)
+
+
+def test_a_dear_client_is_true_but_misses_its_promise() -> None:
+    truth = closed_loop()
+    level = selftest.judge(trial(), seen_by_client(truth, peak_rss_bytes=500e6), truth, begun_ns=0)
+    assert (misses(level), level["true"], level["met"]) == (["peak_rss_mb"], True, False)
 
 
 def test_streams_are_held_if_the_next_request_follows_at_once() -> None:

@@ -142,9 +142,10 @@ def test_bench_always_measures_anew(llmopt: Llmopt, tiny: Path, monkeypatch: pyt
 
     seen: list[Any] = []
 
-    def measure(subjects: Any, settings: Any, out: Path, progress: object) -> Outcome:
+    def measure(subjects: Any, settings: Any, out: Path, progress: object, **_: object) -> Outcome:
         seen.append((dict(subjects), settings))
-        (out / "report.json").write_text(f"{len(seen)}")
+        report = {"schema": "llmopt.report/2", "valid": True, "subjects": {}, "results": {}, "notes": [str(len(seen))]}
+        (out / "report.json").write_text(json.dumps(report))
         return Outcome()
 
     monkeypatch.setattr(bench, "measure", measure)
@@ -170,7 +171,7 @@ def unfinished(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """A bench that writes a report and then finds that it means nothing."""
     from llmopt import bench
 
-    def measure(subjects: object, settings: object, out: Path, progress: object) -> Outcome:
+    def measure(subjects: object, settings: object, out: Path, progress: object, **_: object) -> Outcome:
         (out / "report.json").write_text('{"valid": false}')
         raise MeasurementInvalidError("the load was not held", hint="see to it")
 

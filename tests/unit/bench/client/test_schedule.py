@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import os
+import signal
 import socket
 import threading
 import time
@@ -200,6 +201,10 @@ def test_a_load_that_repeats_needs_an_end(truth: Any, plan: MakePlan, keep: Any)
         drive(plan(truth.url(), repeat=True), keep)
 
 
+def ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_keeps_what_has_ended_and_cuts_what_has_not(truth: Any, plan: MakePlan, keep: Any) -> None:
     made = plan(truth.url("ttft=10"), truth.url("hang=2"), jobs=4, streams=2)
     sent: list[Watch] = []
@@ -207,7 +212,7 @@ def test_ctrl_c_keeps_what_has_ended_and_cuts_what_has_not(truth: Any, plan: Mak
     def watch(state: Watch) -> None:
         if state.ended == 1 and state.in_flight == 2 and not sent:
             sent.append(state)
-            _thread.interrupt_main()
+            ctrl_c()
 
     made = replace(made, jobs=[made.jobs[0], made.jobs[1], made.jobs[3]])
     with pytest.raises(Interrupted) as caught:
@@ -229,12 +234,37 @@ def test_ctrl_c_while_answers_are_read_loses_none(truth: Any, plan: MakePlan) ->
     def read(exchange: Exchange) -> int:
         if not interrupted:
             interrupted.append(exchange)
-            raise KeyboardInterrupt
+            ctrl_c()
         return exchange.job.prompt
 
     with pytest.raises(Interrupted) as caught:
         drive(plan(truth.url(), jobs=5), read)
     assert sorted(caught.value.load.records) == [0, 1, 2, 3, 4]
+
+
+def test_ctrl_c_twice_at_once_is_once(truth: Any, plan: MakePlan, keep: Any) -> None:
+    def watch(state: Watch) -> None:
+        if state.in_flight == 2:
+            ctrl_c()
+            ctrl_c()
+
+    with pytest.raises(Interrupted) as caught:
+        drive(plan(truth.url("hang=0")), keep, watch)
+    assert kinds(caught.value.load) == ["interrupted"] * 2
+
+
+def test_ctrl_c_while_it_connects_ends_the_load(plan: MakePlan, keep: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Timer(0.2, ctrl_c).start()
+        with pytest.raises(Interrupted) as caught:
+            drive(plan(f"https://127.0.0.1:{silent.getsockname()[1]}"), keep)
+    assert caught.value.load.records == []
+
+
+def test_ctrl_c_is_an_exception_again_when_the_load_is_over(truth: Any, plan: MakePlan, keep: Any) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    drive(plan(truth.url()), keep)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_watch_is_told_how_the_load_stands(truth: Any, plan: MakePlan, keep: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.bench.report import files, flat, foreign
+from llmopt.bench.report import files, flat, folder, foreign
 from llmopt.bench.report.requests import Requests
 from llmopt.errors import LlmoptError
 
@@ -18,7 +18,7 @@ MakeReport = Callable[..., dict[str, Any]]
 
 def test_a_report_has_every_form(tmp_path: Path, make_report: MakeReport, make_levels: Callable[..., Any]) -> None:
     levels = make_levels(streams=(4,), rounds=2, requests=12)
-    files.prepare(tmp_path)
+    folder.prepare(tmp_path)
     with Requests(tmp_path) as requests:
         for level in levels:
             requests.append(level)
@@ -48,18 +48,18 @@ def test_nothing_measured_is_a_report_too(tmp_path: Path, make_report: MakeRepor
 def test_a_folder_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LlmoptError, match="cannot write to"):
-        files.prepare(tmp_path / "file" / "report")
+        folder.prepare(tmp_path / "file" / "report")
 
 
 def test_preparing_leaves_the_folder_empty(tmp_path: Path) -> None:
-    files.prepare(tmp_path / "a" / "b")
+    folder.prepare(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_preparing_keeps_what_is_there(tmp_path: Path, make_report: MakeReport) -> None:
     files.write(tmp_path, make_report())
     before = sorted(file.name for file in tmp_path.iterdir())
-    files.prepare(tmp_path)
+    folder.prepare(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
@@ -82,7 +82,7 @@ def test_a_report_of_another_tool_has_every_form(
     (tmp_path / "vllm.json").write_text(flat.vllm(make_report(levels), []))
     read = foreign.read([tmp_path / "vllm.json"]).report()
     out = tmp_path / "report"
-    files.prepare(out)
+    folder.prepare(out)
     files.write(out, {"schema": "llmopt.report/2", "settings": {}, "environment": {}} | read)
     assert {file.name for file in out.iterdir()} == {*files.FORMS.values()}
     assert "imported from vllm" in (out / "report.html").read_text()

@@ -101,8 +101,8 @@ def test_a_level_without_requests_changes_nothing(tmp_path: Path, few: list[Leve
 
 def test_nothing_heavy_is_loaded_before_the_first_level() -> None:
     code = (
-        "import sys; from pathlib import Path; from llmopt.bench.report import environment, files; "
-        "from llmopt.bench.report.requests import Requests; files.prepare(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from llmopt.bench.report import environment, folder; "
+        "from llmopt.bench.report.requests import Requests; folder.prepare(Path(sys.argv[1])); "
         "environment.environment(); Requests(Path(sys.argv[1])); "
         "assert not {'pyarrow', 'numpy', 'rich', 'html'} & sys.modules.keys()"
     )

@@ -1,4 +1,4 @@
-"""Reads a stored report back."""
+"""The folder of a report: made before the load, read back when it is stored."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from llmopt.errors import LlmoptError
 
 SCHEMA = "llmopt.report/2"
 FILE = "report.json"
+
+
+def prepare(out: Path) -> None:
+    """Make the folder, so that one that cannot be written is found before the load."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").write_bytes(b"")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
 
 
 def read_report(path: Path) -> dict[str, Any]:

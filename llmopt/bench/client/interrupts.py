@@ -1,0 +1,49 @@
+"""Ctrl-C as something that a loop can wait for, since an exception in the middle of its work would lose some of it."""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_AGAIN_S = 1.0
+
+
+@contextmanager
+def ctrl_c() -> Iterator[socket.socket]:
+    """A socket on which something comes at Ctrl-C; `came` asks it. Who insists a second later gets KeyboardInterrupt.
+
+    At once, twice is once: programs that stop others often signal a process and its group. Nothing comes where the
+    process does not heed Ctrl-C, and in threads beside the main one, which gets it.
+    """
+    ours, theirs = socket.socketpair()
+    first_s = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
+        now = time.monotonic()
+        if first_s and now - first_s > _AGAIN_S:
+            raise KeyboardInterrupt
+        if not first_s:
+            first_s = now
+            theirs.send(b"c")
+
+    with ours, theirs:
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+            yield ours
+            return
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield ours
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def came(stop: socket.socket) -> bool:
+    return bool(select.select([stop], [], [], 0)[0])
