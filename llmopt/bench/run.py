@@ -42,7 +42,7 @@ def run(
     baseline: Path | None = None,
 ) -> Outcome:
     """See `llmopt.bench.measure`."""
-    preflight.check(subjects, settings)
+    preflight.check(subjects, settings, baseline)
     bench = _Bench(subjects=subjects, settings=settings, out=out, progress=progress, command=command, baseline=baseline)
     try:
         bench.measure()
@@ -100,8 +100,9 @@ class _Bench:
         from llmopt.bench.metrics.figures import CONVENTIONS, compact
         from llmopt.bench.report import files
 
-        found = findings.results(self.levels, self.settings)
-        notes = [*self.notes, *findings.notes(self.levels, self._asked)]
+        levels = self.levels if self.settings.sweep is None else sorted(self.levels, key=_size)
+        found = findings.results(levels, self.settings)
+        notes = [*self.notes, *findings.notes(levels, self._asked)]
         report: dict[str, Json] = {
             "schema": folder.SCHEMA,
             "valid": invalid is None,
@@ -123,7 +124,9 @@ class _Bench:
             except LlmoptError as error:  # what was measured is written down all the same
                 problem = error
         gate = report["gate"] = (
-            findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
+            findings.gate(found, self.settings, judgement, self._held(), none_meets=self._none_meets)
+            if invalid is None
+            else None
         )
         if self.requests is not None:
             self.requests.close()
@@ -139,13 +142,17 @@ class _Bench:
         return Outcome(metrics=figures, events=tuple(notes))
 
     def _held(self) -> list[str] | None:
-        """The levels that the thresholds are for: of a sweep, the largest load that meets them, if any does."""
+        """The levels that the thresholds are for: of a sweep, the largest load that meets them, else the smallest."""
         if self.sweep is None:
             return None
         best, settings = self.sweep.best, self.settings
-        if best is None:
-            return []
-        return [(settings.at_rate(best) if self.sweep.kind == "rate" else settings.at_streams(round(best))).label]
+        load = min(point.load for point in self.sweep.points) if best is None else best
+        return [(settings.at_rate(load) if self.sweep.kind == "rate" else settings.at_streams(round(load))).label]
+
+    @property
+    def _none_meets(self) -> bool:
+        """Whether a sweep has searched in vain."""
+        return self.sweep is not None and self.sweep.best is None
 
     def _open_source(self) -> Source:
         owner = next((s for s in self.subjects.values() if s.tokenizer_file is not None), None)
@@ -245,9 +252,10 @@ class _Bench:
         from llmopt.bench.metrics import validity
 
         self.add(measured)
-        if work.repeat and sum(record.turn == 0 for record in measured.records) > len(work.measured):
+        begun = [record.prompt for record in measured.records if record.turn == 0]
+        if len(set(begun)) < len(begun):
             self.notes.append(
-                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(work.measured)} requests; "
+                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(set(begun))} requests; "
                 "a cache may have helped"
             )
         server = served.server
@@ -255,7 +263,7 @@ class _Bench:
         if server is not None:
             server.check_alive(1.0 if failed else 0.0)
         if reason := validity.invalid(measured):
-            hint = last_lines(server.log) if server is not None else "see to the cause and measure again"
+            hint = last_lines(server.log) if server is not None else validity.hint(measured)
             raise MeasurementInvalidError(reason, hint=hint)
 
     def add(self, measured: Level) -> None:
@@ -271,12 +279,13 @@ class _Bench:
     def _say(self, measured: Level) -> None:
         from llmopt.bench import findings
         from llmopt.bench.metrics.figures import compact
+        from llmopt.bench.report.words import number
 
         figures = compact(findings.summarised([measured], self.settings))
+        told = {name: number(figures.get(name)) for name in ("ttft_ms_p50", "itl_ms_p50", "tokens_per_s")}
         self.progress(
             f"{measured.subject} {measured.load.label}: {figures['requests']} requests, {figures['errors']} errors, "
-            f"TTFT {figures.get('ttft_ms_p50')} ms, ITL {figures.get('itl_ms_p50')} ms, "
-            f"{figures['tokens_per_s']} tokens/s",
+            f"TTFT {told['ttft_ms_p50']} ms, ITL {told['itl_ms_p50']} ms, {told['tokens_per_s']} tokens/s",
             stage="bench",
             done=len(self.levels),
             **({} if self.total is None else {"total": self.total}),
@@ -295,3 +304,8 @@ class _Bench:
         if subject.artifact is not None:
             about["artifact"] = subject.artifact
         return about
+
+
+def _size(level: Level) -> float:
+    """How much was asked of the client."""
+    return level.load.streams or level.load.rate or 0.0

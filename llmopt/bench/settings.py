@@ -168,6 +168,8 @@ class BenchSettings:
 
     def requests_at(self, load: LoadShape) -> int | None:
         """The most conversations of a level and round; None: until the duration, or the trace, ends."""
+        if self.requests is not None and self.sweep is not None and load.streams is not None:
+            return max(self.requests, 4 * load.streams)  # fewer could not keep the streams busy
         if self.requests is not None or self.duration_s is not None:
             return self.requests
         if load.streams is not None:

@@ -81,7 +81,7 @@ def verdict(report: Report) -> Verdict:
     said = (report.get("gate") or {}).get("verdict")
     if said is None:
         compared = tuple(check.sentence for check in found[1:])
-        return Verdict(outcome=None, title="Measured", sentences=compared or ("nothing was to be met",))
+        return Verdict(outcome=None, title="Measured", sentences=compared or ("no threshold and no comparison was asked for",))
     outcomes: Mapping[str, tuple[Outcome, str]] = {
         "pass": ("passed", "Passed"),
         "fail": ("failed", "Failed"),
@@ -89,6 +89,8 @@ def verdict(report: Report) -> Verdict:
     }
     outcome, title = outcomes[said]
     reasons = [check.sentence for check in found if check.decides and check.outcome == outcome != "passed"]
+    if outcome == "failed" and report.get("sweep") and report["sweep"]["best"] is None:
+        reasons.insert(0, "no load of the sweep meets the objectives")
     more = [f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
     return Verdict(outcome=outcome, title=title, sentences=(*reasons[:_REASONS], *more, _counted(found)))
 
@@ -108,7 +110,7 @@ def _counted(found: Sequence[Check]) -> str:
 def _objective(slo: Report) -> Check:
     value, met = slo.get("value"), bool(slo["met"])
     where = f"`{slo['subject']}` at {slo['level']}"
-    was = "was not measured" if value is None else f"was {number(value)}"
+    was = "was not measured" if value is None else f"was {told(str(slo['slo']).partition('>')[0], value)}"
     return Check(
         group="slo",
         name=f"{slo['slo']} ({slo['subject']} at {slo['level']})",
