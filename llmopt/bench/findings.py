@@ -12,7 +12,7 @@ from llmopt.bench.gate.verdict import Judgement
 from llmopt.bench.metrics import figures, validity
 from llmopt.bench.metrics.figures import Level
 from llmopt.bench.metrics.records import Record
-from llmopt.bench.report.folder import read_report
+from llmopt.bench.report.folder import digest, read_report
 from llmopt.bench.settings import BenchSettings
 
 #: subject -> level -> figures
@@ -96,12 +96,14 @@ def gate(
     judgement: Judgement | None,
     held: Sequence[str] | None = None,
     *,
+    baseline: Path | None = None,
     none_meets: bool = False,
 ) -> dict[str, Json] | None:
     """The verdict on thresholds and comparison as a report has it; None where there is neither.
 
     The comparison decides only with `gate: true`; it is reported in any case. `held` are the levels that the thresholds
     are for (None: all of them). `none_meets`: a sweep has found no load that meets them.
+    `baseline` is the stored report that was compared with.
     """
     checked: list[dict[str, Json]] = [
         {**each.to_json(), "level": label, "subject": "candidate"}
@@ -117,7 +119,8 @@ def gate(
     elif settings.gate and judgement is not None:
         outcome = judgement.verdict
     about: dict[str, Json] = {"looks": [], "comparisons": []} if judgement is None else judgement.to_json()
-    return {**about, "verdict": outcome, "enforced": settings.gate, "slo": [*checked]}
+    stored_as = None if baseline is None else digest(baseline)
+    return {**about, "verdict": outcome, "enforced": settings.gate, "slo": [*checked], "baseline": stored_as}
 
 
 def _compact(group: Sequence[Level], settings: BenchSettings) -> dict[str, Json]:

@@ -98,7 +98,7 @@ class _Bench:
         """All files of the report, from whatever has been measured."""
         from llmopt.bench import findings
         from llmopt.bench.metrics.figures import CONVENTIONS, compact
-        from llmopt.bench.report import files
+        from llmopt.bench.report import files, words
 
         levels = self.levels if self.settings.sweep is None else sorted(self.levels, key=_size)
         found = findings.results(levels, self.settings)
@@ -123,11 +123,17 @@ class _Bench:
                 judgement = findings.against_report(report, self.baseline, self.settings)
             except LlmoptError as error:  # what was measured is written down all the same
                 problem = error
-        gate = report["gate"] = (
-            findings.gate(found, self.settings, judgement, self._held(), none_meets=self._none_meets)
-            if invalid is None
-            else None
-        )
+        gate: dict[str, Json] | None = None
+        if invalid is None:
+            gate = findings.gate(
+                found,
+                self.settings,
+                judgement,
+                self._held(),
+                baseline=None if judgement is None else self.baseline,
+                none_meets=self._none_meets,
+            )
+        report["gate"] = gate
         if self.requests is not None:
             self.requests.close()
         files.write(self.out, report)
@@ -139,7 +145,7 @@ class _Bench:
         figures |= {key: report[key] for key in ("ratio", "sweep") if report[key]}
         if gate is not None:
             figures["gate"] = {key: gate[key] for key in ("verdict", "reason") if key in gate}
-        return Outcome(metrics=figures, events=tuple(notes))
+        return Outcome(metrics=figures, events=tuple(words.notes(report)))
 
     def _held(self) -> list[str] | None:
         """The levels that the thresholds are for: of a sweep, the largest load that meets them, else the smallest."""
@@ -163,8 +169,9 @@ class _Bench:
             templated=self.loader.endpoint.templated,
         )
         self.notes += source.notes
-        by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
-        self.progress(f"prompts are made to length {by}")
+        if not (owner is None and source.exact):  # texts of a file are as long as they are
+            by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
+            self.progress(f"prompts are made to length {by}")
         return source
 
     def _measure_rounds(self, source: Source) -> None:

@@ -242,4 +242,4 @@ def _positive(**values: float | None) -> None:
 def _check_levels(name: str, levels: tuple[float, ...], example: str) -> None:
     if levels and (not min(levels) > 0 or max(levels) == float("inf") or len(set(levels)) < len(levels)):
         given = ", ".join(f"{level:g}" for level in levels)
-        raise SettingsError(f"`{name}` cannot be `{given}`", hint=f"give different numbers, as in `{example}`")
+        raise SettingsError(f"`{name}` cannot be `{given}`", hint=f"give numbers above 0, each once, as in `{example}`")

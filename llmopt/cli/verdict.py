@@ -79,5 +79,7 @@ def text(report: Mapping[str, Any]) -> str:
         best = "none meets the thresholds" if sweep["best"] is None else f"{sweep['best']:g} {sweep['kind']}"
         knee = "none" if sweep["knee"] is None else f"{sweep['knee']:g}"
         lines.append(f"knee      {knee}, best {best}; {sweep['stopped']}")
-    lines.append(f"verdict   {verdict.title.lower()}: {'; '.join(verdict.sentences)}")
+    first, *more = verdict.sentences
+    lines.append(f"verdict   {verdict.title.lower()}: {first}")
+    lines += [f"          {sentence}" for sentence in more]
     return "\n".join(lines)
