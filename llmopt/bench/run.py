@@ -102,6 +102,8 @@ class _Bench:
 
         found = findings.results(self.levels, self.settings)
         notes = [*self.notes, *findings.notes(self.levels, self._asked)]
+        if len(self.subjects) > 1 or self.baseline is not None:
+            notes += findings.thin(self.levels, self.settings)
         report: dict[str, Json] = {
             "schema": folder.SCHEMA,
             "valid": invalid is None,
