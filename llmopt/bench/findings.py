@@ -47,7 +47,7 @@ def thin(levels: Sequence[Level], settings: BenchSettings) -> list[str]:
         least = names.least_requests(metric)
         fewest = min((len(level.records) for level in levels), default=least)
         if names.split(metric)[1] in ("p99", "p99.9") and fewest < least:
-            found.append(f"`{metric}` is compared from {fewest} requests a round: it takes {least} to be more than chance")
+            found.append(f"`{metric}` of {fewest} requests a round is mostly chance: {least} make it a figure")
     return found
 
 
