@@ -1,4 +1,4 @@
-"""Ctrl-C (and a SIGTERM that is heeded) as something that a loop can wait for, since an exception in the middle of its work would lose some of it."""
+"""Ctrl-C (or a SIGTERM that is heeded) as something that a loop can wait for: an exception would lose some work."""
 
 from __future__ import annotations
 
