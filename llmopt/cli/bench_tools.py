@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import bench as load
 from llmopt.cli import options as opt
-from llmopt.errors import Exit
+from llmopt.errors import Exit, SettingsError
 
 if TYPE_CHECKING:
     from llmopt.pipeline.history import Report
@@ -72,12 +72,15 @@ def calibrate(
     Give the options of the bench that is to be gated. The report is stored as any other.
     """
     from llmopt.bench.gate.calibrate import calibrate as from_rounds
+    from llmopt.bench.gate.verdict import LEAST_ROUNDS
     from llmopt.bench.report.folder import read_report, rounds_of
     from llmopt.bench.settings import share
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    if rounds < LEAST_ROUNDS:
+        raise SettingsError(f"{rounds} rounds tell no noise", hint=f"give `--rounds` of {LEAST_ROUNDS} at the least")
     delivery = Delivery(session, out=out, name=name, anew=True)
     settings = opt.settings(
         profile,
