@@ -196,7 +196,12 @@ def import_(
         {key: value for key, value in given.items() if value is not None},
         baseline=inputs.report(session.store, baseline),
     )
-    result = runner.run(session.store, stage, session.console.progress)
+
+    def keep(staged: Path) -> None:
+        forms.deliver(staged)
+        delivery.keep(staged)
+
+    result = runner.run(session.store, stage, session.console.progress, keep=keep)
     delivery.deliver(result, verdict.text(read_report(Path(result.path))))
     forms.deliver(Path(result.path))
     return verdict.exit_code(result.metrics)
