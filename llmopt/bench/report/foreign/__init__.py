@@ -153,7 +153,7 @@ def _together(summaries: Sequence[dict[str, Json]]) -> dict[str, Json]:
     if len(summaries) == 1:
         return summaries[0]
     merged = {key: _median([each.get(key) for each in summaries]) for key in summaries[0]}
-    return merged | {"rounds": [_compact(each) for each in summaries]}
+    return merged | {"rounds": [{"round": number, **_compact(each)} for number, each in enumerate(summaries)]}
 
 
 def _median(values: Sequence[Json]) -> Json:
