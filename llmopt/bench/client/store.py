@@ -38,7 +38,7 @@ class Store(Generic[R]):
         self.ended += 1
         self._unread.append(exchange)
         if response is not None:
-            self.chunks += len(response.pieces)
+            self.chunks += len(response.stamps_ns)
             self._unread_bytes += response.received_bytes
             self.full = self._unread_bytes > _HELD_BYTES
 
