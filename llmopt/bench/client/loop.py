@@ -25,11 +25,12 @@ from llmopt.bench.client.connections import Connections, Timers
 from llmopt.bench.client.interrupts import came, ctrl_c
 from llmopt.bench.client.link import Link
 from llmopt.bench.client.pace import Pace
-from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps
+from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps, await_kernel
 from llmopt.bench.client.store import Store
 from llmopt.bench.client.wire import MalformedError, Response
 
 _RECEIVE_BYTES = 16 * 1024
+_READABLE = select.EPOLLIN
 _FEW, _MANY = 8, 64  # sockets to be read; requests in flight
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
@@ -91,6 +92,8 @@ class Driver(Generic[R]):
         jobs = cycle(self._plan.jobs) if self._plan.repeat else self._plan.jobs
         wanted = [job.target for job in islice(jobs, self._opened_before())]
         self._connections.open_before(self._plan.targets, wanted, self._turn_connecting)
+        if self._plan.kernel_stamps:
+            await_kernel()
 
     def _turn_connecting(self) -> None:
         self._turn()
@@ -175,7 +178,7 @@ class Driver(Generic[R]):
                 if link is None:  # it was closed in this turn, or it is no connection
                     self._stopped |= number == self._stop.fileno()
                     continue
-                if link.connected and mask == select.EPOLLIN:
+                if mask == _READABLE and link.connected:
                     self._receive(link)
                 else:
                     self._serve(link, mask)

@@ -41,6 +41,10 @@ class _State(Enum):
     COMPLETE = auto()
 
 
+_CHUNK_SIZE = _State.CHUNK_SIZE  # looking up a member costs as much as a slice
+_COMPLETE = _State.COMPLETE
+
+
 class Response:
     """One response, fed with the bytes of each receive until `complete`.
 
@@ -68,11 +72,11 @@ class Response:
     def feed(self, stamp_ns: int, data: bytes) -> bool:
         """Take what one receive brought; True when the response is complete. Raises MalformedError."""
         self.received_bytes += len(data)
-        if self._state is not _State.CHUNK_SIZE or self._rest:
+        if self._state is not _CHUNK_SIZE or self._rest:
             self._walk(stamp_ns, data)
         elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
             self._read_chunks(stamp_ns, data[at:])
-        return self._state is _State.COMPLETE
+        return self._state is _COMPLETE
 
     def closed(self) -> bool:
         """The connection has ended; True if the response is complete with that."""
