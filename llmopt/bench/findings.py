@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.artifacts.outcome import Json
-from llmopt.bench.gate import slo, stored, verdict
+from llmopt.bench.gate import names, slo, stored, verdict
 from llmopt.bench.gate.verdict import Judgement
 from llmopt.bench.metrics import figures, validity
 from llmopt.bench.metrics.figures import Level
@@ -38,6 +38,17 @@ def notes(levels: Sequence[Level], asked_prompt_tokens: Callable[[Record], int |
     """What bears on the figures, of every subject and level."""
     groups = _grouped(levels).values()
     return [note for group in groups for note in validity.notes(group, asked_prompt_tokens=asked_prompt_tokens)]
+
+
+def thin(levels: Sequence[Level], settings: BenchSettings) -> list[str]:
+    """Of the compared figures, those for which a round has too few requests, so that they are mostly chance."""
+    found = []
+    for metric in settings.gate_metrics:
+        least = names.least_requests(metric)
+        fewest = min((len(level.records) for level in levels), default=least)
+        if names.split(metric)[1] in ("p99", "p99.9") and fewest < least:
+            found.append(f"`{metric}` of {fewest} requests a round is mostly chance: {least} make it a figure")
+    return found
 
 
 def ratios(found: Results) -> dict[str, Json]:

@@ -41,6 +41,7 @@ def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: 
         "settings": {"imported": [path.name for path in results]},
         "environment": environment(),
     }
+    report["notes"] = [*report["notes"], "the environment is that of the machine that imported it"]
     with Requests(out) as requests:
         for _, rows in groupby(imported.requests, key=lambda row: (row["level"], row["round"])):
             requests.append_rows(list(rows))

@@ -131,6 +131,10 @@ class Loader:
         from llmopt.bench.metrics import telemetry
 
         about: dict[str, Json] = {"stage": "load", "subject": served.subject.name, "load": work.load.label}
+        if self.settings.duration_s is not None:
+            about["duration_s"] = self.settings.duration_s
+        if not work.repeat:
+            about["total"] = sum(len(each.turns) for each in work.measured)
 
         def watch(now: Watch) -> None:
             self.progress(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from llmopt.bench.endpoints import ENDPOINTS
 from llmopt.bench.report.folder import read_report
 from llmopt.bench.settings import BenchSettings, Subject, header_of
-from llmopt.errors import LlmoptError, SettingsError
+from llmopt.errors import LlmoptError, MeasurementInvalidError, SettingsError
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -35,7 +35,7 @@ def check(subjects: Mapping[str, Subject], settings: BenchSettings, baseline: Pa
     if len(subjects) > 1 and settings.sweep is not None:
         raise SettingsError("`sweep` searches with one subject", hint="sweep first, then compare at one level")
     if baseline is not None:
-        read_report(baseline)
+        _check_baseline(read_report(baseline), settings)
     if settings.in_process and any(subject.engine is None for subject in subjects.values() if subject.url):
         raise SettingsError("a server at a URL cannot be measured without HTTP", hint="give an engine")
     header_names = [name for name, _ in headers_of(settings)]
@@ -52,6 +52,22 @@ def check(subjects: Mapping[str, Subject], settings: BenchSettings, baseline: Pa
             _check_url(url)
         if subject.engine is not None:
             _check_engine(subject, settings)
+
+
+def _check_baseline(report: Mapping[str, Any], settings: BenchSettings) -> None:
+    """A stored report can be a baseline for these levels, as far as they are known."""
+    if report.get("valid") is False:
+        why = report.get("invalid_because") or "its measurement is not valid"
+        raise MeasurementInvalidError(f"the baseline report cannot be used: {why}", hint="measure it again")
+    if settings.sweep is not None:
+        raise SettingsError("`sweep` finds its own levels, which a baseline does not have", hint="give a level of it")
+    theirs = report["results"].get("candidate", {})
+    ours = [load.label for load in settings.loads(timed="trace" in theirs)]
+    if not set(ours) & set(theirs):
+        raise SettingsError(
+            f"the baseline report was measured at {', '.join(theirs) or 'no level'}, not at {', '.join(ours)}",
+            hint="measure at a level of the baseline",
+        )
 
 
 def check_gate(settings: BenchSettings, *, compared: bool) -> None:

@@ -102,6 +102,8 @@ class _Bench:
 
         found = findings.results(self.levels, self.settings)
         notes = [*self.notes, *findings.notes(self.levels, self._asked)]
+        if len(self.subjects) > 1 or self.baseline is not None:
+            notes += findings.thin(self.levels, self.settings)
         report: dict[str, Json] = {
             "schema": folder.SCHEMA,
             "valid": invalid is None,
@@ -116,15 +118,20 @@ class _Bench:
             "environment": self.environment,
             "conventions": dict(CONVENTIONS),
         }
-        judgement = self.judgement
+        judgement, problem = self.judgement, None
         if self.baseline is not None and invalid is None:
-            judgement = findings.against_report(report, self.baseline, self.settings)
+            try:
+                judgement = findings.against_report(report, self.baseline, self.settings)
+            except LlmoptError as error:  # what was measured is written down all the same
+                problem = error
         gate = report["gate"] = (
             findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
         )
         if self.requests is not None:
             self.requests.close()
         files.write(self.out, report)
+        if problem is not None:
+            raise problem
         figures: dict[str, Json] = {
             name: {at: compact(summary) for at, summary in levels.items()} for name, levels in found.items()
         }

@@ -46,7 +46,9 @@ def _curve(report: Report, name: str, title: str) -> str | None:
     limits = _limits(report, name)
     x = svg.linear([point.rate for point in every], svg.LEFT, svg.WIDTH - svg.RIGHT)
     values = [value for point in every for value in (point.low, point.high)]
-    y = svg.logarithmic([*values, 0.7 * min(values), *(limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP)
+    y = svg.logarithmic(
+        [*values, 0.7 * min(values), *(1.2 * limit for limit, _ in limits)], _HEIGHT - svg.BOTTOM, svg.TOP
+    )
     parts = [*svg.grid(x, y, "output tokens/s", "ms, p50 and up to p99"), *_limit_lines(limits, x, y)]
     labels, names = _Labels(), list[str]()
     marked = {which: found_by(report.get("sweep"), which) for which in _FOUND}
@@ -132,8 +134,7 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Each comparison as the interval of its ratio, turned so that to the right is always worse."""
     rows = [_turned(found) for found in comparisons]
     margin = max(found["margin"] for found in comparisons)
-    known = [value for row in rows for value in row if math.isfinite(value)]
-    reach = max([*(abs(math.log(value)) for value in known if value > 0), 1.6 * math.log(1 + margin)]) * 1.05
+    reach = _reach(rows, margin)
     start, end, step = 10.0, svg.WIDTH - 10.0, 50
     axis = svg.Axis(low=math.exp(-reach), high=math.exp(reach), start=start, end=end, scale="log")
     bottom = 14.0 + step * len(rows)
@@ -146,6 +147,13 @@ def forest(comparisons: Sequence[Mapping[str, Any]]) -> str:
         parts += _forest_row(found, row, axis, 14.0 + step * place)
     told = "; ".join(f"{metric(c['metric'])} at {c['level']}: {change(c)}: {c['verdict']}" for c in comparisons)
     return svg.figure("Candidate against baseline", told, parts, height=bottom + 18)
+
+
+def _reach(rows: Sequence[tuple[float, float, float]], margin: float) -> float:
+    """As far as the intervals, but not so far for one that is wide that the margin and the others cannot be seen."""
+    widest = sorted(max(abs(math.log(value)) for value in row) for row in rows if all(0 < v < math.inf for v in row))
+    enough = 1.6 * math.log(1 + margin)
+    return 1.05 * max(enough, min(widest[-1], max(2 * widest[len(widest) // 2], 4 * enough)) if widest else 0.0)
 
 
 def _turned(found: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -167,7 +175,11 @@ def _forest_row(found: Mapping[str, Any], row: tuple[float, float, float], axis:
     yield f'<path class="limit" d="M{beyond:.1f} {y - 11:.1f}v22"/>'
     if all(math.isfinite(value) for value in row):
         ratio, low, high = (axis.at(value) for value in row)
-        yield f'<path class="interval v-{verdict}" d="M{low:.1f} {y - 5:.1f}v10m0 -5H{high:.1f}m0 -5v10"/>'
+        ends = (
+            "m6 -5l-6 5l6 5m-6 -5" if row[1] < axis.low else "m0 -5v10m0 -5",
+            "m-6 -5l6 5l-6 5" if row[2] > axis.high else "m0 -5v10",
+        )
+        yield f'<path class="interval v-{verdict}" d="M{low:.1f} {y:.1f}{ends[0]}H{high:.1f}{ends[1]}"/>'
         yield f'<circle class="v-{verdict} solid" cx="{ratio:.1f}" cy="{y:.1f}" r="5"/>'
 
 

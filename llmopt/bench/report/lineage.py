@@ -20,10 +20,10 @@ def lineage(report: Report) -> Iterator[str]:
     """Checkpoint first, as it was made. Nothing for a subject that is only a URL."""
     every = [step for of in report["subjects"].values() for step in of.get("lineage") or ()]
     largest = max((step.get("bytes") or 0 for step in every), default=0)
+    columns = [(key, title) for key, title in _QUALITY if any(key in _metrics(step) for step in every)]
     for name, of in report["subjects"].items():
         steps = list(reversed(of.get("lineage") or ()))
         if steps:
-            columns = [(key, title) for key, title in _QUALITY if any(key in _metrics(step) for step in steps)]
             yield f'<h3>{escape(name)}</h3><div class="scroll" tabindex="0"><table class="lineage"><thead><tr>'
             titles = ("step", "artifact", "size", "", *(title for _, title in columns))
             kinds = ("word", "word", "", "word", *("" for _ in columns))
@@ -37,12 +37,12 @@ def lineage(report: Report) -> Iterator[str]:
 def _row(step: Mapping[str, Any], columns: list[tuple[str, str]], largest: int) -> Iterator[str]:
     size = step.get("bytes")
     license_ = f", license {step['license']}" if step.get("license") else ""
-    width = f"{100 * size / largest:.1f}" if size and largest else "0"
+    bar = f'<i style="width:{100 * size / largest:.1f}%"></i>' if size else ""
     yield f'<tr><td class="word"><b>{escape(str(step.get("op") or step["kind"]))}</b>'
     yield f"<small>{escape(_about(step)[:120] + license_)}</small></td>"
     yield f'<td class="word"><code title="{escape(str(step["id"]))}">{escape(str(step["id"])[:15])}</code></td>'
     yield f"<td>{escape(byte_size(size)) if size else '-'}</td>"
-    yield f'<td class="word size"><i style="width:{width}%"></i></td>'
+    yield f'<td class="word size">{bar}</td>'
     for key, _ in columns:
         value, base = _metrics(step).get(key), _metrics(step).get(f"base_{key}")
         was = f"<small>base {number(base)}</small>" if base is not None else ""

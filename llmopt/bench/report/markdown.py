@@ -15,6 +15,7 @@ from llmopt.bench.report.words import (
     levels,
     machine,
     metric,
+    model,
     number,
     percent,
     told,
@@ -88,7 +89,7 @@ def _data(text: str) -> str:
 
 def _head(report: Report) -> Iterator[str]:
     found = verdict(report)
-    names = [f"`{name}`" + (f" ({_escape(str(of['model']))})" if of.get("model") else "")
+    names = [f"`{name}`" + (f" ({_escape(model(of))})" if model(of) else "")
              for name, of in report["subjects"].items()]  # fmt: skip
     yield from (f"# {_SIGNS[found.outcome]} Load test: {found.title.lower()}", "", " against ".join(names), "")
     yield from (f"- {_escape(sentence)}" for sentence in found.sentences)

@@ -24,6 +24,7 @@ from llmopt.bench.report.words import (
     levels,
     machine,
     metric,
+    model,
     number,
     percent,
     told,
@@ -72,7 +73,7 @@ def page(report: Report, measured: Sequence[Rows]) -> str:
 def _header(report: Report) -> Iterator[str]:
     found = verdict(report)
     names = " against ".join(
-        f"<b>{escape(name)}</b>" + (f" ({escape(str(of['model']))})" if of.get("model") else "")
+        f"<b>{escape(name)}</b>" + (f" ({escape(model(of))})" if model(of) else "")
         for name, of in report["subjects"].items()
     )
     started = str(report["environment"].get("started", "")).replace("T", " ")

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmopt.backends import load
-
 if TYPE_CHECKING:
-    from types import ModuleType, TracebackType
+    from types import TracebackType
 
     from llmopt.bench.metrics.figures import Level
     from llmopt.bench.metrics.records import Record
@@ -37,14 +35,18 @@ class Requests:
 
     def append_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows of one level and round that another tool measured; a column that it does not tell is null."""
-        self._put(load("pyarrow", extra="data").Table.from_pylist(list(rows), _schema()))
+        import pyarrow as pa
+
+        self._put(pa.Table.from_pylist(list(rows), _schema()))
 
     def _put(self, table: Any) -> None:
+        import pyarrow.parquet as pq
+
         folder = self._out / PARTS
         folder.mkdir(exist_ok=True)
         part = folder / f"{self._written:05}.parquet"
         aside = part.with_suffix(".tmp")
-        _parquet().write_table(table, aside, compression="zstd")
+        pq.write_table(table, aside, compression="zstd")
         aside.replace(part)
         self._written += 1
 
@@ -52,10 +54,12 @@ class Requests:
         """Join the levels into one file; without any there is none."""
         if not self._written:
             return
+        import pyarrow.parquet as pq
+
         aside = self._out / f"{REQUESTS}.tmp"
-        with _parquet().ParquetWriter(aside, _schema(), compression="zstd") as writer:
+        with pq.ParquetWriter(aside, _schema(), compression="zstd") as writer:
             for number in range(self._written):
-                table = _parquet().read_table(self._out / PARTS / f"{number:05}.parquet")
+                table = pq.read_table(self._out / PARTS / f"{number:05}.parquet")
                 writer.write_table(table, row_group_size=max(1, table.num_rows))
         aside.replace(self._out / REQUESTS)
         shutil.rmtree(self._out / PARTS)
@@ -70,12 +74,9 @@ class Requests:
         self.close()
 
 
-def _parquet() -> ModuleType:
-    return load("pyarrow.parquet", extra="data")
-
-
 def _schema() -> Any:
-    pa = load("pyarrow", extra="data")
+    import pyarrow as pa
+
     counts = ("prompt_tokens", "cached_tokens", "completion_tokens", "wanted_tokens")
     return pa.schema(
         [
@@ -103,8 +104,8 @@ def _schema() -> Any:
 
 def _table(level: Level) -> Any:
     import numpy as np
+    import pyarrow as pa
 
-    pa = load("pyarrow", extra="data")
     schema, records = _schema(), level.records
     size = len(records)
 

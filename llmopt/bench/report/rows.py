@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmopt.backends import load
 from llmopt.bench.report.requests import REQUESTS
 
 Floats = NDArray[np.float64]
@@ -70,7 +69,9 @@ def read(out: Path) -> list[Rows]:
     """The measured in the order of their measurement; none where there is no file."""
     if not (out / REQUESTS).exists():
         return []
-    file = load("pyarrow.parquet", extra="data").ParquetFile(out / REQUESTS)
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(out / REQUESTS)
     tables = (file.read_row_group(number) for number in range(file.num_row_groups))
     return [_rows(table) for table in tables if table.num_rows]
 

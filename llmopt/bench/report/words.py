@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 Report: TypeAlias = Mapping[str, Any]  # of the schema `llmopt.report/2`
 Outcome = Literal["passed", "failed", "inconclusive", "invalid"]
+
+_REASONS = 3  # in a verdict; the checks have all
 
 #: How a figure is called, and its unit.
 NAMES: Mapping[str, tuple[str, str]] = {
@@ -85,8 +88,9 @@ def verdict(report: Report) -> Verdict:
         "inconclusive": ("inconclusive", "Inconclusive"),
     }
     outcome, title = outcomes[said]
-    reasons = (check.sentence for check in found if check.decides and check.outcome == outcome != "passed")
-    return Verdict(outcome=outcome, title=title, sentences=(*reasons, _counted(found)))
+    reasons = [check.sentence for check in found if check.decides and check.outcome == outcome != "passed"]
+    more = [f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
+    return Verdict(outcome=outcome, title=title, sentences=(*reasons[:_REASONS], *more, _counted(found)))
 
 
 def _counted(found: Sequence[Check]) -> str:
@@ -191,6 +195,12 @@ def level_of(sweep: Mapping[str, Any], load: float) -> str:
 def levels(report: Report) -> list[tuple[str, str, Mapping[str, Any]]]:
     """(subject, level, summary), as measured."""
     return [(subject, level, found) for subject, at in report["results"].items() for level, found in at.items()]
+
+
+def model(subject: Mapping[str, Any]) -> str:
+    """What it serves, for a title: of a name that is a digest the beginning."""
+    name = str(subject.get("model") or "")
+    return name[:12] if re.fullmatch(r"[0-9a-f]{64}", name) else name
 
 
 def machine(environment: Mapping[str, Any]) -> str:

@@ -136,24 +136,6 @@ class Cutter:
         return piece
 
 
-class Prompts:
-    """An endless source of prompts of one length."""
-
-    def __init__(
-        self, tokenizer: Path | None, *, tokens: int, seed: int, special: bool, text: str | None = None
-    ) -> None:
-        self._cutter = Cutter(tokenizer, seed=seed, text=text)
-        self._tokens = tokens
-        self._special = special
-
-    @property
-    def exact(self) -> bool:
-        return self._cutter.exact
-
-    def take(self, count: int) -> list[str]:
-        return [self._cutter.cut(self._tokens, special=self._special) for _ in range(count)]
-
-
 @cache
 def load_tokenizer(file: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, without its truncation and padding."""

@@ -274,6 +274,13 @@ def test_profiles_are_listed_and_shown_with_every_default(llmopt: Llmopt) -> Non
     assert "damping: 0.01" in llmopt("profiles", "show", "demo").out
 
 
+def test_workloads_are_listed_and_shown_beside_the_profiles(llmopt: Llmopt) -> None:
+    listed = llmopt("profiles", "ls", "--json").json["workloads"]
+    assert {"chat", "rag", "code", "summarise", "agent"} <= {workload["name"] for workload in listed}
+    assert all(workload["description"] for workload in listed)
+    assert llmopt("profiles", "show", "chat", "--json").json["endpoint"] == "chat"
+
+
 def test_doctor_says_what_this_machine_can_do(llmopt: Llmopt, store: Path) -> None:
     report = llmopt("doctor", "--json").json
     assert report["targets"]["openvino"]["status"] == "compiled"

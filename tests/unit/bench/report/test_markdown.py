@@ -22,6 +22,16 @@ def test_the_verdict_comes_first(make_report: MakeReport, form: Callable[[Any], 
     assert "no request was answered" in invalid.split("|")[0]
 
 
+def test_a_verdict_names_the_first_reasons(make_report: MakeReport, make_gate: Callable[..., Any]) -> None:
+    gate = make_gate()
+    gate["slo"] = [gate["slo"][1] | {"level": f"c{number}"} for number in range(7)]
+    found = summary(make_report(gate=gate)).split("\n|")[0]
+    assert [line for line in found.splitlines() if line.startswith("- ttft")] == [
+        f"- ttft_ms_p99<=200 is broken by `candidate` at c{number}: it was 1250" for number in range(3)
+    ]
+    assert "- and 5 more\n- 0 of 7 objectives and 3 of 5 comparisons passed" in found
+
+
 @pytest.mark.parametrize("form", [markdown, summary])
 def test_rows_are_as_wide_as_their_table(make_report: MakeReport, form: Callable[[Any], str]) -> None:
     report = make_report()

@@ -149,6 +149,22 @@ def test_an_open_loop_shows_what_was_late(tmp_path: Path, make_levels: MakeLevel
     assert "scheduled TTFT p99" in text
 
 
+def test_one_wide_interval_does_not_hide_the_others(make_report: MakeReport, make_gate: Callable[..., Any]) -> None:
+    gate = make_gate()
+    gate["comparisons"][2] |= {"ratio": 1.6, "low": 0.9, "high": 6.0}
+    (forest,) = re.findall("Candidate against baseline</figcaption>(.*?)</svg>", page(make_report(gate=gate), []))
+    margins = [float(x) for x in re.findall(r'class="limit" d="M([\d.]+)', forest)]
+    equal = [float(x) for x in re.findall(r'class="axis" d="M([\d.]+)', forest)]
+    assert margins[0] - equal[0] > 20  # pixels
+    assert forest.count("l6 5l-6 5") == 1  # an arrow where it goes on
+
+
+def test_a_digest_is_no_title(make_report: MakeReport) -> None:
+    report = make_report()
+    report["subjects"]["candidate"]["model"] = "0123456789abcdef" * 4
+    assert "<b>candidate</b> (0123456789ab)" in page(report, [])
+
+
 def test_a_sweep_marks_what_it_found(make_report: MakeReport) -> None:
     point = make_report()["results"]["candidate"]["c4"]["rounds"][0]
     sweep = {"kind": "streams", "knee": 4.0, "best": 24.0, "at_limit": True, "stopped": "`most` was reached"}
