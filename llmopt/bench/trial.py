@@ -97,7 +97,7 @@ def main() -> None:
     trial = Trial(**json.loads(sys.argv[1]))
     if trial.core is not None:
         os.sched_setaffinity(0, {trial.core})
-    json.dump(run(trial), sys.stdout)
+    print(json.dumps(run(trial)))
 
 
 if __name__ == "__main__":
