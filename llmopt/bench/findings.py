@@ -12,7 +12,7 @@ from llmopt.bench.gate.verdict import Judgement
 from llmopt.bench.metrics import figures, validity
 from llmopt.bench.metrics.figures import Level
 from llmopt.bench.metrics.records import Record
-from llmopt.bench.report.folder import read_report
+from llmopt.bench.report.folder import digest, read_report
 from llmopt.bench.settings import BenchSettings
 
 #: subject -> level -> figures
@@ -36,8 +36,11 @@ def summarised(group: Sequence[Level], settings: BenchSettings) -> dict[str, Jso
 
 def notes(levels: Sequence[Level], asked_prompt_tokens: Callable[[Record], int | None]) -> list[str]:
     """What bears on the figures, of every subject and level."""
-    groups = _grouped(levels).values()
-    return [note for group in groups for note in validity.notes(group, asked_prompt_tokens=asked_prompt_tokens)]
+    where: dict[tuple[str, str], list[str]] = {}  # what is said of several levels is said once
+    for (subject, label), group in _grouped(levels).items():
+        for note in validity.notes(group, asked_prompt_tokens=asked_prompt_tokens):
+            where.setdefault((subject, note), []).append(label)
+    return [f"`{subject}` {', '.join(labels)}: {note}" for (subject, note), labels in where.items()]
 
 
 def thin(levels: Sequence[Level], settings: BenchSettings) -> list[str]:
@@ -99,12 +102,19 @@ def against_report(report: Mapping[str, Any], baseline: Path, settings: BenchSet
 
 
 def gate(
-    found: Results, settings: BenchSettings, judgement: Judgement | None, held: Sequence[str] | None = None
+    found: Results,
+    settings: BenchSettings,
+    judgement: Judgement | None,
+    held: Sequence[str] | None = None,
+    *,
+    baseline: Path | None = None,
+    none_meets: bool = False,
 ) -> dict[str, Json] | None:
     """The verdict on thresholds and comparison as a report has it; None where there is neither.
 
     The comparison decides only with `gate: true`; it is reported in any case. `held` are the levels that the thresholds
-    are for (None: all of them); of a sweep that is the one it found best, and none where no load met them.
+    are for (None: all of them). `none_meets`: a sweep has found no load that meets them.
+    `baseline` is the stored report that was compared with.
     """
     checked: list[dict[str, Json]] = [
         {**each.to_json(), "level": label, "subject": "candidate"}
@@ -115,12 +125,13 @@ def gate(
     if judgement is None and not settings.slos:
         return None
     outcome: str | None = "pass" if settings.slos else None
-    if any(not each["met"] for each in checked) or (settings.slos and held is not None and not checked):
+    if any(not each["met"] for each in checked) or (settings.slos and none_meets):
         outcome = "fail"
     elif settings.gate and judgement is not None:
         outcome = judgement.verdict
     about: dict[str, Json] = {"looks": [], "comparisons": []} if judgement is None else judgement.to_json()
-    return {**about, "verdict": outcome, "enforced": settings.gate, "slo": [*checked]}
+    stored_as = None if baseline is None else digest(baseline)
+    return {**about, "verdict": outcome, "enforced": settings.gate, "slo": [*checked], "baseline": stored_as}
 
 
 def _compact(group: Sequence[Level], settings: BenchSettings) -> dict[str, Json]:

@@ -15,6 +15,7 @@ from llmopt.bench.preflight import check_gate
 from llmopt.bench.report import files, folder, foreign
 from llmopt.bench.report.environment import environment
 from llmopt.bench.report.requests import Requests
+from llmopt.bench.report.words import notes
 from llmopt.bench.settings import BenchSettings
 from llmopt.errors import MeasurementInvalidError
 
@@ -48,7 +49,7 @@ def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: 
     judgement: Judgement | None = None
     if baseline is not None and imported.invalid_because is None:
         judgement = findings.against_report(report, baseline, settings)
-    gate = findings.gate(report["results"], settings, judgement)
+    gate = findings.gate(report["results"], settings, judgement, baseline=baseline)
     report["gate"] = gate if imported.invalid_because is None else None
     files.write(out, report)
     if imported.invalid_because is not None:
@@ -58,4 +59,4 @@ def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: 
     }
     if gate is not None:
         metrics["gate"] = {key: gate[key] for key in ("verdict", "reason") if key in gate}
-    return Outcome(metrics=metrics, events=imported.notes)
+    return Outcome(metrics=metrics, events=tuple(notes(report)))

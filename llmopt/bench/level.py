@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _POOL = 512  # distinct conversations of a closed loop that ends by time
 _NOWHERE = "http://in-process"  # where requests go that are sent nowhere
 _FULL = 0.85  # of a core: a client process that takes more is given another beside it
+_JUDGED_FROM_S = 1.0  # a shorter load is mostly its beginning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +65,8 @@ def prepare(settings: BenchSettings, load: LoadShape, source: Source, seed: int)
     """Take from the source what this level sends: the warm-up first, then all that is measured."""
     # The first turns will do: later ones would be waited for as long as a user thinks.
     warmup = [replace(each, turns=each.turns[:1]) for each in source.take(settings.warmup)]
+    if source.timed:
+        source.rewind()  # a trace ends: every level and round begins with its first request
     count = settings.requests_at(load)
     if load.streams is not None:
         pool = _POOL if count is None else count
@@ -80,7 +83,6 @@ def prepare(settings: BenchSettings, load: LoadShape, source: Source, seed: int)
         )
         measured = source.take(len(at_s))
         return Work(load=load, warmup=warmup, measured=measured, at_s=at_s[: len(measured)], repeat=False)
-    source.rewind()  # a trace is the same in every round
     measured = source.take(source.size or 0 if count is None else count)
     times = replay_s([each.at_s or 0.0 for each in measured], speed=settings.speed) if measured else []
     last_s = settings.duration_s if settings.duration_s is not None else math.inf
@@ -122,7 +124,8 @@ class Loader:
             level = self._measure(served, work, number)
             share = level.cpu_s / level.wall_s / level.processes if level.wall_s else 0.0
             most = len(os.sched_getaffinity(0))
-            if self.settings.processes is not None or share <= _FULL or 2 * self.processes > most or served.direct:
+            full = share > _FULL and level.wall_s >= _JUDGED_FROM_S
+            if self.settings.processes is not None or not full or 2 * self.processes > most or served.direct:
                 return level
             self.processes *= 2
             self.progress(f"one core was not enough ({share:.0%}): again with {self.processes} processes of the client")

@@ -42,7 +42,7 @@ def run(
     baseline: Path | None = None,
 ) -> Outcome:
     """See `llmopt.bench.measure`."""
-    preflight.check(subjects, settings)
+    preflight.check(subjects, settings, baseline)
     bench = _Bench(subjects=subjects, settings=settings, out=out, progress=progress, command=command, baseline=baseline)
     try:
         bench.measure()
@@ -98,10 +98,11 @@ class _Bench:
         """All files of the report, from whatever has been measured."""
         from llmopt.bench import findings
         from llmopt.bench.metrics.figures import CONVENTIONS, compact
-        from llmopt.bench.report import files
+        from llmopt.bench.report import files, words
 
-        found = findings.results(self.levels, self.settings)
-        notes = [*self.notes, *findings.notes(self.levels, self._asked)]
+        levels = self.levels if self.settings.sweep is None else sorted(self.levels, key=_size)
+        found = findings.results(levels, self.settings)
+        notes = [*self.notes, *findings.notes(levels, self._asked)]
         if len(self.subjects) > 1 or self.baseline is not None:
             notes += findings.thin(self.levels, self.settings)
         report: dict[str, Json] = {
@@ -124,9 +125,17 @@ class _Bench:
                 judgement = findings.against_report(report, self.baseline, self.settings)
             except LlmoptError as error:  # what was measured is written down all the same
                 problem = error
-        gate = report["gate"] = (
-            findings.gate(found, self.settings, judgement, self._held()) if invalid is None else None
-        )
+        gate: dict[str, Json] | None = None
+        if invalid is None:
+            gate = findings.gate(
+                found,
+                self.settings,
+                judgement,
+                self._held(),
+                baseline=None if judgement is None else self.baseline,
+                none_meets=self._none_meets,
+            )
+        report["gate"] = gate
         if self.requests is not None:
             self.requests.close()
         files.write(self.out, report)
@@ -138,16 +147,20 @@ class _Bench:
         figures |= {key: report[key] for key in ("ratio", "sweep") if report[key]}
         if gate is not None:
             figures["gate"] = {key: gate[key] for key in ("verdict", "reason") if key in gate}
-        return Outcome(metrics=figures, events=tuple(notes))
+        return Outcome(metrics=figures, events=tuple(words.notes(report)))
 
     def _held(self) -> list[str] | None:
-        """The levels that the thresholds are for: of a sweep, the largest load that meets them, if any does."""
+        """The levels that the thresholds are for: of a sweep, the largest load that meets them, else the smallest."""
         if self.sweep is None:
             return None
         best, settings = self.sweep.best, self.settings
-        if best is None:
-            return []
-        return [(settings.at_rate(best) if self.sweep.kind == "rate" else settings.at_streams(round(best))).label]
+        load = min(point.load for point in self.sweep.points) if best is None else best
+        return [(settings.at_rate(load) if self.sweep.kind == "rate" else settings.at_streams(round(load))).label]
+
+    @property
+    def _none_meets(self) -> bool:
+        """Whether a sweep has searched in vain."""
+        return self.sweep is not None and self.sweep.best is None
 
     def _open_source(self) -> Source:
         owner = next((s for s in self.subjects.values() if s.tokenizer_file is not None), None)
@@ -158,8 +171,9 @@ class _Bench:
             templated=self.loader.endpoint.templated,
         )
         self.notes += source.notes
-        by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
-        self.progress(f"prompts are made to length {by}")
+        if not (owner is None and source.exact):  # texts of a file are as long as they are
+            by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
+            self.progress(f"prompts are made to length {by}")
         return source
 
     def _measure_rounds(self, source: Source) -> None:
@@ -247,9 +261,10 @@ class _Bench:
         from llmopt.bench.metrics import validity
 
         self.add(measured)
-        if work.repeat and sum(record.turn == 0 for record in measured.records) > len(work.measured):
+        begun = [record.prompt for record in measured.records if record.turn == 0]
+        if len(set(begun)) < len(begun):
             self.notes.append(
-                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(work.measured)} requests; "
+                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(set(begun))} requests; "
                 "a cache may have helped"
             )
         server = served.server
@@ -257,7 +272,7 @@ class _Bench:
         if server is not None:
             server.check_alive(1.0 if failed else 0.0)
         if reason := validity.invalid(measured):
-            hint = last_lines(server.log) if server is not None else "see to the cause and measure again"
+            hint = last_lines(server.log) if server is not None else validity.hint(measured)
             raise MeasurementInvalidError(reason, hint=hint)
 
     def add(self, measured: Level) -> None:
@@ -273,12 +288,13 @@ class _Bench:
     def _say(self, measured: Level) -> None:
         from llmopt.bench import findings
         from llmopt.bench.metrics.figures import compact
+        from llmopt.bench.report.words import number
 
         figures = compact(findings.summarised([measured], self.settings))
+        told = {name: number(figures.get(name)) for name in ("ttft_ms_p50", "itl_ms_p50", "tokens_per_s")}
         self.progress(
             f"{measured.subject} {measured.load.label}: {figures['requests']} requests, {figures['errors']} errors, "
-            f"TTFT {figures.get('ttft_ms_p50')} ms, ITL {figures.get('itl_ms_p50')} ms, "
-            f"{figures['tokens_per_s']} tokens/s",
+            f"TTFT {told['ttft_ms_p50']} ms, ITL {told['itl_ms_p50']} ms, {told['tokens_per_s']} tokens/s",
             stage="bench",
             done=len(self.levels),
             **({} if self.total is None else {"total": self.total}),
@@ -297,3 +313,8 @@ class _Bench:
         if subject.artifact is not None:
             about["artifact"] = subject.artifact
         return about
+
+
+def _size(level: Level) -> float:
+    """How much was asked of the client."""
+    return level.load.streams or level.load.rate or 0.0

@@ -168,6 +168,8 @@ class BenchSettings:
 
     def requests_at(self, load: LoadShape) -> int | None:
         """The most conversations of a level and round; None: until the duration, or the trace, ends."""
+        if self.requests is not None and self.sweep is not None and load.streams is not None:
+            return max(self.requests, 4 * load.streams)  # fewer could not keep the streams busy
         if self.requests is not None or self.duration_s is not None:
             return self.requests
         if load.streams is not None:
@@ -240,4 +242,4 @@ def _positive(**values: float | None) -> None:
 def _check_levels(name: str, levels: tuple[float, ...], example: str) -> None:
     if levels and (not min(levels) > 0 or max(levels) == float("inf") or len(set(levels)) < len(levels)):
         given = ", ".join(f"{level:g}" for level in levels)
-        raise SettingsError(f"`{name}` cannot be `{given}`", hint=f"give different numbers, as in `{example}`")
+        raise SettingsError(f"`{name}` cannot be `{given}`", hint=f"give numbers above 0, each once, as in `{example}`")

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -93,8 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _invoke(args: list[str]) -> int:
     """Not `app()`: that would print errors and take Ctrl-C and a closed pipe to itself."""
     command = get_command(app)
-    if " ".join(args[:2]) in getattr(command, "commands", {}):
+    commands = getattr(command, "commands", {})
+    if " ".join(args[:2]) in commands:
         args = [" ".join(args[:2]), *args[2:]]
+    elif args[0] == "bench" and len(args) > 1:
+        _check_tool(args[1], [name.split()[1] for name in commands if name.startswith("bench ")])
     try:
         with command.make_context("llmopt", args) as context:
             code = command.invoke(context)
@@ -103,6 +107,13 @@ def _invoke(args: list[str]) -> int:
         return exit_.exit_code
     except typer.TyperException as error:
         raise _usage_error(error) from None
+
+
+def _check_tool(word: str, tools: list[str]) -> None:
+    """A word that is all but the name of a tool, and of nothing here, is a slip."""
+    hint = nearest(word, tools)
+    if hint.startswith("did you mean") and not Path(word).exists():
+        raise SettingsError(f"no such command `bench {word}`", hint=hint.replace("`", "`llmopt bench ", 1))
 
 
 def _usage_error(error: typer.TyperException) -> SettingsError:

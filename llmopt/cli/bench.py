@@ -145,7 +145,7 @@ def bench(
     from llmopt.pipeline import inputs, runner, stages
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
-    delivery = Delivery(session, out=out, name=name)
+    delivery = Delivery(session, out=out, name=name, anew=True)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
     subjects = {"candidate": inputs.subject(session.store, subject)}
     if against is not None:

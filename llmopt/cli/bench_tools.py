@@ -78,7 +78,7 @@ def calibrate(
     from llmopt.pipeline import inputs, runner, stages
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
-    delivery = Delivery(session, out=out, name=name)
+    delivery = Delivery(session, out=out, name=name, anew=True)
     settings = opt.settings(
         profile,
         "bench",

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 class Delivery:
     """Made before the work, so that a folder or a name that cannot be used is found before it and not after."""
 
-    def __init__(self, session: Session, *, out: str | None, name: str | None) -> None:
+    def __init__(self, session: Session, *, out: str | None, name: str | None, anew: bool = False) -> None:
+        """`anew`: the work gives a new artifact each time, as a measurement does."""
         self._session, self._name = session, name
         self._out = None if out is None else Path(out)
         if self._out is not None:
-            check_out(self._out)
+            check_out(self._out, anew=anew)
         if name is not None:
             session.store.check_name(name)
 
@@ -42,21 +43,26 @@ class Delivery:
         )
 
     def keep(self, staged: Path) -> None:
-        """What a measurement that ended early has written goes to `--out` if that was given."""
-        if self._out is not None:
-            keep_report(staged, self._out, self._session.console.progress)
+        """What a measurement that ended early has written goes to `--out`, or into a temporary folder."""
+        keep_report(staged, self._out, self._session.console.progress)
 
 
-def keep_report(staged: Path, out: Path, progress: Progress) -> None:
+def keep_report(staged: Path, out: Path | None, progress: Progress) -> None:
     """Copy what there is of a report, as it is no artifact without a manifest. Raises nothing: an error is on its way.
 
-    A folder with something in it, an artifact that was exported before, is left as it is.
+    A folder with something in it, an artifact that was exported before, is left as it is. Without `out`, measurements
+    go into a temporary folder, since they cannot be had again.
     """
     import shutil
+    import tempfile
 
     try:
         if not any(staged.iterdir()):
             return
+        if out is None:
+            if not (staged / "requests.parquet").is_file():
+                return
+            out = Path(tempfile.mkdtemp(prefix="llmopt-bench-"))
         if out.exists() and any(out.iterdir()):
             progress(f"the unfinished report is not kept: `{out}` is not empty")
             return

@@ -24,6 +24,7 @@ _COLUMNS = (
     ("tokens/s", "tokens_per_s"),
     ("requests/s", "requests_per_s"),
 )
+_SCHEDULED = ("scheduled p99", "ttft_scheduled_ms_p99")  # of an open loop: TTFT since the request was due
 
 
 def exit_code(metrics: Mapping[str, Any]) -> int:
@@ -68,9 +69,12 @@ def text(report: Mapping[str, Any]) -> str:
     """The table of a report, its verdict and what it found by searching."""
     from llmopt.bench.report import words
 
-    rows = [["SUBJECT", "LOAD", "REQUESTS", "ERRORS", *(title for title, _ in _COLUMNS)]]
-    for subject, level, summary in words.levels(report):
-        figures = [words.number(words.figure(summary, name)) for _, name in _COLUMNS]
+    levels = words.levels(report)
+    open_loop = any(words.figure(summary, _SCHEDULED[1]) is not None for _, _, summary in levels)
+    columns = [*_COLUMNS[:2], *([_SCHEDULED] if open_loop else []), *_COLUMNS[2:]]
+    rows = [["SUBJECT", "LOAD", "REQUESTS", "ERRORS", *(title for title, _ in columns)]]
+    for subject, level, summary in levels:
+        figures = [words.number(words.figure(summary, name)) for _, name in columns]
         rows.append([subject, level, str(summary["requests"]), str(words.figure(summary, "errors")), *figures])
     verdict = words.verdict(report)
     lines = [table(rows, left=2), ""]
@@ -79,5 +83,7 @@ def text(report: Mapping[str, Any]) -> str:
         best = "none meets the thresholds" if sweep["best"] is None else f"{sweep['best']:g} {sweep['kind']}"
         knee = "none" if sweep["knee"] is None else f"{sweep['knee']:g}"
         lines.append(f"knee      {knee}, best {best}; {sweep['stopped']}")
-    lines.append(f"verdict   {verdict.title.lower()}: {'; '.join(verdict.sentences)}")
+    first, *more = verdict.sentences
+    lines.append(f"verdict   {verdict.title.lower()}: {first}")
+    lines += [f"          {sentence}" for sentence in more]
     return "\n".join(lines)

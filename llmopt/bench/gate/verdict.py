@@ -172,11 +172,13 @@ def _compare(
     nothing = unknown(level, metric, rounds=count, margin=margin)
     if count and min(*base, *cand) <= 0:
         return replace(nothing, reason="a round has no value, or 0, which has no ratio")
-    if count < LEAST_ROUNDS:
-        return replace(
-            nothing, reason=f"{count} rounds cannot tell, {LEAST_ROUNDS} are the least and {LOOKS[0]} advised"
-        )
     d = log_ratios(base, cand, metric)
+    if count < LEAST_ROUNDS:
+        told = f"{in_words(metric, float(np.median(d)))}, but " if count else ""
+        rounds = f"{count} round{'' if count == 1 else 's'}"
+        return replace(
+            nothing, reason=f"{told}{rounds} cannot tell: {LEAST_ROUNDS} are the least and {LOOKS[0]} advised"
+        )
     low, high = statistics.bootstrap(d, statistics.nominal(looks, look, alpha), seed, draws)
     p = statistics.overall_p(statistics.sign_flip_p(d), looks, look)
     return decided(nothing, float(statistics.hodges_lehmann(d)), low, high, p)

@@ -31,6 +31,13 @@ _LATE_SHARE = 0.1
 _MANY_LATE = 0.05
 _MANY_RECONNECTS = 0.05  # of the requests: then what streams wait for is the server, which closes connections
 _MUCH_COALESCED = 0.05
+_HINTS = {
+    "http_401": "put a key that is valid there in the environment variable `LLMOPT_API_KEY`",
+    "http_403": "put a key that is valid there in the environment variable `LLMOPT_API_KEY`",
+    "http_429": "it limits requests: lower the load, or raise the limit of the key",
+    "timeout": "raise `--timeout`, or lower the load or `--output-tokens`",
+    "refused": "does the server still run?",
+}
 _RIGHT_STAMPS = ("kernel", "engine")  # however late they are read: only the next request of a stream suffers then
 _MUCH_LAG_MS = 2.0  # and _MUCH_LAG_SHARE of the median gap, or of the median request where stamps are right
 _MUCH_LAG_SHARE = 0.2
@@ -49,6 +56,13 @@ def invalid(level: Level) -> str | None:
         return f"the client could not hold the load of {at}: it used {share:.0%} of a core"
     found = not_held(level, MIN_HELD_SHARE if level.wall_s >= LONG_FROM_S else MIN_HELD_SHARE_OF_SHORT)
     return None if found is None else f"the client could not hold the load of {at}: it {found}"
+
+
+def hint(level: Level) -> str:
+    """What to do about a load that says nothing."""
+    kinds = Counter(record.failure.kind for record in level.records if record.failure is not None)
+    most = kinds.most_common(1)[0][0] if kinds else ""
+    return _HINTS.get(most, "see to the cause and measure again")
 
 
 def words(load: LoadShape) -> str:
@@ -111,8 +125,7 @@ def notes(
     answered = [record for level in levels for record in level.records if record.failure is None]
     samples = [Sample(level.records, level.started_ns, level.window_ns) for level in levels]
     found = _of_answers(answered, asked_prompt_tokens) + _of_samples(samples)
-    found += _of_the_client(levels, samples)
-    return [f"`{levels[0].subject}` {levels[0].load.label}: {text}" for text in found]
+    return found + _of_the_client(levels, samples)
 
 
 def _of_answers(answered: Sequence[Record], asked_prompt_tokens: Callable[[Record], int | None]) -> list[str]:
@@ -146,7 +159,7 @@ def _of_samples(samples: Sequence[Sample]) -> list[str]:
         found.append(f"{share:.0%} of the tokens came together with another: gaps are between chunks, not tokens")
     counted = sum(int(sample.counted.sum()) for sample in samples)
     if 0 < counted < least_count(0.99):
-        found.append(f"{counted} requests are too few for a p99 of requests: {least_count(0.99)} give it an interval")
+        found.append(f"fewer requests than the {least_count(0.99)} that give a p99 of requests an interval")
     return found
 
 
@@ -187,9 +200,10 @@ def _late(levels: Sequence[Level]) -> str | None:
     if share <= _MANY_LATE:
         return None
     limit = levels[0].load.in_flight
-    why = f", when {limit} were in flight, the limit" if any(places_full(level) for level in levels) else ""
+    why = f", for want of a place among {limit} in flight" if any(places_full(level) for level in levels) else ""
     p99_ms = float(np.percentile(late, 99))
-    return f"{share:.0%} of the requests were sent more than {much_ms:.1f} ms late (p99 {p99_ms:.1f} ms){why}"
+    so = "which only the scheduled times count"
+    return f"{share:.0%} of the requests were sent more than {much_ms:.1f} ms late (p99 {p99_ms:.1f} ms){why}, {so}"
 
 
 def _range(values: Sequence[int | None]) -> str:

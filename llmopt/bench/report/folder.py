@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,11 @@ def read_report(path: Path) -> dict[str, Any]:
     if found["schema"] != SCHEMA:
         raise LlmoptError(f"`{file}` has the schema `{found['schema']}`, not `{SCHEMA}`", hint="measure it anew")
     return found
+
+
+def digest(path: Path) -> str:
+    """What names the report in a folder, or in a file of its own."""
+    return f"sha256:{hashlib.sha256((path / FILE if path.is_dir() else path).read_bytes()).hexdigest()}"
 
 
 def rounds_of(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:

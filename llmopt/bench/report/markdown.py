@@ -16,6 +16,7 @@ from llmopt.bench.report.words import (
     machine,
     metric,
     model,
+    notes,
     number,
     percent,
     told,
@@ -34,7 +35,7 @@ _ANNOTATIONS = 10  # of a kind: GitHub shows no more from one step
 
 def markdown(report: Report) -> str:
     """The page: verdict, checks, all figures, notes, machine, settings."""
-    parts = [*_head(report), *_checks_table(report), *_figures(report), *_notes(report["notes"])]
+    parts = [*_head(report), *_checks_table(report), *_figures(report), *_notes(notes(report))]
     parts += [f"Machine: {_escape(machine(report['environment']))}", ""]
     parts += _details("Settings", _pairs(report["settings"]))
     parts += _details("Environment", _pairs(report["environment"]))
@@ -44,10 +45,10 @@ def markdown(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """A few lines for a job's page: the verdict, what was not met, the figures with what is known of their spread."""
-    notes = list(report["notes"])
-    more = [f"and {len(notes) - _NOTES} more in report.md"] if len(notes) > _NOTES else []
+    told = notes(report)
+    more = [f"and {len(told) - _NOTES} more in report.md"] if len(told) > _NOTES else []
     parts = [*_head(report), *_comparisons(report), *_figures(report)]
-    parts += _details(f"{len(notes)} notes" if len(notes) != 1 else "1 note", _notes(notes[:_NOTES] + more))
+    parts += _details(f"{len(told)} notes" if len(told) != 1 else "1 note", _notes(told[:_NOTES] + more))
     where = _escape(machine(report["environment"]))
     parts += _details("Machine and settings", [where, "", *_pairs(report["settings"])])
     return "\n".join(parts).rstrip("\n") + "\n"
@@ -165,8 +166,10 @@ def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _plain(value: Any) -> str:
+    if value in ("", [], ()):
+        return "-"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items() if item not in (None, "", [], ()))
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
     return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

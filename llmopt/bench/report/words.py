@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from llmopt.bench.gate.slo import parse_all
+
 Report: TypeAlias = Mapping[str, Any]  # of the schema `llmopt.report/2`
 Outcome = Literal["passed", "failed", "inconclusive", "invalid"]
 
@@ -68,7 +70,8 @@ def checks(report: Report) -> list[Check]:
         )
     ]
     gate = report.get("gate") or {}
-    found += [_objective(slo) for slo in gate.get("slo") or ()]
+    limits = _request_limits(report)
+    found += [_objective(slo, limits) for slo in gate.get("slo") or ()]
     enforced = bool(gate.get("enforced", True))
     found += [_comparison(comparison, enforced) for comparison in gate.get("comparisons") or ()]
     return found
@@ -81,7 +84,9 @@ def verdict(report: Report) -> Verdict:
     said = (report.get("gate") or {}).get("verdict")
     if said is None:
         compared = tuple(check.sentence for check in found[1:])
-        return Verdict(outcome=None, title="Measured", sentences=compared or ("nothing was to be met",))
+        return Verdict(
+            outcome=None, title="Measured", sentences=compared or ("no threshold and no comparison was asked for",)
+        )
     outcomes: Mapping[str, tuple[Outcome, str]] = {
         "pass": ("passed", "Passed"),
         "fail": ("failed", "Failed"),
@@ -89,6 +94,8 @@ def verdict(report: Report) -> Verdict:
     }
     outcome, title = outcomes[said]
     reasons = [check.sentence for check in found if check.decides and check.outcome == outcome != "passed"]
+    if outcome == "failed" and report.get("sweep") and report["sweep"]["best"] is None:
+        reasons.insert(0, "no load of the sweep meets the objectives")
     more = [f"and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
     return Verdict(outcome=outcome, title=title, sentences=(*reasons[:_REASONS], *more, _counted(found)))
 
@@ -105,15 +112,27 @@ def _counted(found: Sequence[Check]) -> str:
     return f"{' and '.join(counts)} passed"
 
 
-def _objective(slo: Report) -> Check:
+def notes(report: Report) -> list[str]:
+    """What bears on the verdict, then what bears on the figures."""
+    return [*((report.get("gate") or {}).get("notes") or ()), *report["notes"]]
+
+
+def _request_limits(report: Report) -> str:
+    """What a request has to keep to count as goodput."""
+    slos = parse_all(report.get("settings", {}).get("slo") or ())
+    return ", ".join(str(slo) for slo in slos if slo.of_each_request)
+
+
+def _objective(slo: Report, limits: str) -> Check:
     value, met = slo.get("value"), bool(slo["met"])
+    of = f" of requests with {limits}" if limits and str(slo["slo"]).startswith("goodput") else ""
     where = f"`{slo['subject']}` at {slo['level']}"
-    was = "was not measured" if value is None else f"was {number(value)}"
+    was = "was not measured" if value is None else f"was {told(str(slo['slo']).partition('>')[0], value)}"
     return Check(
         group="slo",
         name=f"{slo['slo']} ({slo['subject']} at {slo['level']})",
         outcome="passed" if met else "failed",
-        sentence=f"{slo['slo']} {'is met' if met else 'is broken'} by {where}: it {was}",
+        sentence=f"{slo['slo']}{of} {'is met' if met else 'is broken'} by {where}: it {was}",
     )
 
 

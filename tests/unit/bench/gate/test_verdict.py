@@ -81,7 +81,7 @@ def test_the_unit_does_not_matter() -> None:
 def test_few_rounds_tell_nothing_and_it_says_so(count: int) -> None:
     found = one(*pair(0.5, count=count))
     assert found.verdict == "inconclusive"
-    assert f"{count} rounds" in found.reason
+    assert f"{count} round" in found.reason
 
 
 def test_six_rounds_can_fail() -> None:

@@ -133,7 +133,7 @@ def test_less_than_the_rate_by_the_client_s_own_lateness_makes_a_load_invalid() 
 def test_less_than_the_rate_as_the_server_fills_every_place_is_a_result() -> None:
     slow = opened(count=110, behind=1.1, load=LoadShape(label="r20", rate=20, in_flight=2))
     assert invalid(slow) is None
-    assert "when 2 were in flight, the limit" in str(notes([slow]))
+    assert "for want of a place among 2 in flight" in str(notes([slow]))
     assert invalid(replace(slow, load=replace(slow.load, in_flight=9))) is not None
 
 
@@ -156,7 +156,7 @@ def test_late_sendings_are_noted_where_they_are_many_and_matter() -> None:
 
 
 def test_too_few_requests_for_a_p99_are_noted() -> None:
-    assert "20 requests are too few for a p99" in str(notes([closed(1)]))
+    assert "fewer requests than the 368 that give a p99" in str(notes([closed(1)]))
     assert notes([closed(4, waves=92)]) == []
 
 
