@@ -9,7 +9,8 @@ additional outputs of its vLLM backend; the Messages of text-generation-inferenc
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import orjson
@@ -77,12 +78,12 @@ def read(response: Response, take: Take, *, says_end: bool) -> Answer:
     kind = response.headers.get("content-type", "").lower()
     if "text/event-stream" in kind:
         answer.streamed = True
-        found: Iterable[Piece] = _events(response.pieces)
+        found = events(response)
     elif any(name in kind for name in _LINES):
         answer.streamed = True
-        found = _lines(response.pieces)
+        found = _lines(response)
     else:
-        found = [(response.pieces[-1][0], response.body())] if response.pieces else []
+        found = [(stamp_ns, response.body()) for stamp_ns in response.stamps_ns[-1:]]
     _take_all(answer, take, found)
     if answer.failure is None and response.complete:  # else the failure of the exchange says why
         if answer.streamed and says_end and not answer.ended:
@@ -92,7 +93,7 @@ def read(response: Response, take: Take, *, says_end: bool) -> Answer:
     return answer
 
 
-def _take_all(answer: Answer, take: Take, found: Iterable[Piece]) -> None:
+def _take_all(answer: Answer, take: Take, found: Sequence[Piece]) -> None:
     """All events, up to the first that is not what it should be."""
     loads = orjson.loads
     data = b""
@@ -110,26 +111,14 @@ def _take_all(answer: Answer, take: Take, found: Iterable[Piece]) -> None:
         answer.failure = Failure("malformed", f"not an answer of this endpoint: {shown(data)}")
 
 
-def _events(pieces: Sequence[Piece]) -> list[Piece]:
-    """As `wire.events`, in a third of its time where every piece is one event of one line, as nearly always."""
-    found = []
-    for stamp_ns, data in pieces:
-        one_line = data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n") and data.startswith(b"data: ")
-        if not one_line or b"\r" in data:
-            return events(pieces)
-        found.append((stamp_ns, data[6:-2]))
-    return found
-
-
-def _lines(pieces: Sequence[Piece]) -> list[Piece]:
-    """Every line with the stamp of the piece that completed it; the last may lack its end."""
-    found: list[Piece] = []
-    rest = b""
-    stamp_ns = 0
-    for stamp_ns, data in pieces:
-        *whole, rest = (rest + data).split(b"\n")
-        found += [(stamp_ns, line.strip()) for line in whole]
-    return [*found, (stamp_ns, rest.strip())]
+def _lines(response: Response) -> list[Piece]:
+    """Every line with the stamp of the receive that completed it; the last may lack its end."""
+    if not response.stamps_ns:
+        return []
+    lines = response.body().removesuffix(b"\n").split(b"\n")
+    ends = list(accumulate([len(line) + 1 for line in lines]))
+    ends[-1] = len(response.body())
+    return [(stamp_ns, line.strip()) for stamp_ns, line in zip(response.stamps_at(ends), lines, strict=True)]
 
 
 def take_chat(answer: Answer, stamp_ns: int, event: Any) -> None:

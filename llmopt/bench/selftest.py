@@ -284,7 +284,7 @@ def table(result: Mapping[str, Any]) -> str:
         ["tokens/s that a core can", *(f"{level['tokens_per_core_s']:.0f}" for level in levels)],
         ["start to first request, s", *(f"{level['start_s']:.2f}" for level in levels)],
         ["peak RSS, MB", *(f"{level['peak_rss_mb']:.0f}" for level in levels)],
-        ["requests and answers, MB", *(f"{level['data_mb']:.0f}" for level in levels)],
+        ["requests and held answers, MB", *(f"{level['data_mb']:.0f}" for level in levels)],
         ["client waited for its core", *(f"{level['waited']:.1%}" for level in levels)],
         ["tokens that came together", *(f"{level['coalesced']:.2%}" for level in levels)],
         ["server: late p99, ms", *(f"{level['server']['late_us']['p99'] / 1e3:.2f}" for level in levels)],

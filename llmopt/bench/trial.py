@@ -15,6 +15,7 @@ from typing import Any
 
 from llmopt.bench.client.base import Exchange, Job, Plan, Target
 from llmopt.bench.client.loop import drive
+from llmopt.bench.client.store import HELD_BYTES
 from llmopt.bench.endpoints import ENDPOINTS
 from llmopt.bench.metrics.records import Record, read
 from llmopt.memory import usage
@@ -66,7 +67,8 @@ def run(trial: Trial) -> dict[str, Any]:
         "cpu_s": cpu_s,
         "waited_s": _waited_s() - waited_before_s,
         "peak_rss_bytes": usage()["peak_rss_bytes"],
-        "data_bytes": sum(len(job.request) for job in prepared.jobs) + sum(received for _, received in load.records),
+        "data_bytes": sum(len(job.request) for job in prepared.jobs)
+        + min(HELD_BYTES, sum(received for _, received in load.records)),
         "stamps": load.stamps,
         "requests": [
             {
@@ -95,7 +97,7 @@ def main() -> None:
     trial = Trial(**json.loads(sys.argv[1]))
     if trial.core is not None:
         os.sched_setaffinity(0, {trial.core})
-    json.dump(run(trial), sys.stdout)
+    print(json.dumps(run(trial)))
 
 
 if __name__ == "__main__":

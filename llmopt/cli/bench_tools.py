@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import bench as load
 from llmopt.cli import options as opt
-from llmopt.errors import Exit, SettingsError
+from llmopt.errors import Exit, SettingsError, nearest
 
 if TYPE_CHECKING:
     from llmopt.pipeline.history import Report
@@ -205,3 +205,18 @@ def import_(
     delivery.deliver(result, verdict.text(read_report(Path(result.path))))
     forms.deliver(Path(result.path))
     return verdict.exit_code(result.metrics)
+
+
+#: Subcommands of `llmopt bench`, which takes an argument itself: name -> (function, what it does).
+TOOLS: Mapping[str, tuple[Callable[..., int], str]] = {
+    "selftest": (selftest, "Measure the load client itself."),
+    "calibrate": (calibrate, "Measure the noise, and what can be found in it."),
+    "history": (history, "Show where stored figures changed."),
+    "import": (import_, "Judge results of other load testers."),
+}
+
+
+def slip(word: str) -> str | None:
+    """A hint for a word that is all but the name of a subcommand."""
+    hint = nearest(word, TOOLS)
+    return hint.replace("`", "`llmopt bench ", 1) if hint.startswith("did you mean") else None

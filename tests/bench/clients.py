@@ -92,6 +92,20 @@ class _Sampler:
         return after[0] - (before[-1] if before else 0.0)
 
 
+def others(seconds: float = 1.0) -> float:
+    """How much of the cores is busy, or lent to another machine, while nothing of ours runs."""
+    before = _core_times()
+    time.sleep(seconds)
+    spent = [after - was for was, after in zip(before, _core_times(), strict=True)]
+    idle = spent[3] + spent[4]  # waiting for a disk is idle, too
+    return 1 - idle / max(1, sum(spent))
+
+
+def _core_times() -> list[int]:
+    """In ticks: user, nice, system, idle, iowait, irq, softirq, steal."""
+    return [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+
 def _tree(root: int) -> list[int]:
     found = [root]
     for pid in found:

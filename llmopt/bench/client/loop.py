@@ -1,9 +1,10 @@
 """The load in one thread: sends each prepared request when it is due and stores (stamp, bytes) of what comes back.
 
 Sockets do not block and are watched by epoll. Stamps are the kernel's (SO_TIMESTAMPNS), so they are right however late
-this loop reads; where there is none, it is taken on reading. A receive is not parsed, for that would hold up the other
-streams: answers are read after the load, by `read`. Only when a long load has filled the store are they read before,
-while nothing else is to be done. The collector of cyclic garbage stands still for the same reason.
+this loop reads, and it may let some gather (pace.py); where there is none, it is taken on reading. A receive is not
+parsed, for that would hold up the other streams: answers are read after the load, by `read`. Only when a long load has
+filled the store are they read before, while nothing else is to be done. The collector of cyclic garbage stands still
+for the same reason.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from llmopt.bench.client.base import Exchange, Failure, Interrupted, Job, Load, 
 from llmopt.bench.client.connections import Connections, Timers
 from llmopt.bench.client.interrupts import came, ctrl_c
 from llmopt.bench.client.link import Link
-from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps
+from llmopt.bench.client.pace import Pace
+from llmopt.bench.client.stamps import ANCILLARY_BYTES, Stamps, await_kernel
 from llmopt.bench.client.store import Store
 from llmopt.bench.client.wire import MalformedError, Response
 
 _RECEIVE_BYTES = 16 * 1024
+_READABLE = select.EPOLLIN
+_FEW, _MANY = 8, 64  # sockets to be read; requests in flight
 _WATCH_NS = 500_000_000
 _OPENED_BEFORE = 256  # connections of an open loop, at most
 _PATIENCE = 64
@@ -71,6 +75,7 @@ class Driver(Generic[R]):
             self._timers, kernel_stamps=plan.kernel_stamps, stop=stop, stands=self._stands, fails=self._end_unsent
         )
         self._stamps = Stamps(plan.kernel_stamps)
+        self._pace = Pace()
         self._store = Store(read)
         self._jobs: Iterator[Job] = iter(())  # that the streams are to send
         self._soon: deque[tuple[Job | None, int | None]] = deque()  # to start at once, with their due times
@@ -87,6 +92,8 @@ class Driver(Generic[R]):
         jobs = cycle(self._plan.jobs) if self._plan.repeat else self._plan.jobs
         wanted = [job.target for job in islice(jobs, self._opened_before())]
         self._connections.open_before(self._plan.targets, wanted, self._turn_connecting)
+        if self._plan.kernel_stamps:
+            await_kernel()
 
     def _turn_connecting(self) -> None:
         self._turn()
@@ -161,6 +168,8 @@ class Driver(Generic[R]):
         else:
             due_ns = timers.next_ns
             ready = self._connections.wait(due_ns if until_ns is None or due_ns < until_ns else until_ns)
+            if 0 < len(ready) < _FEW and self._in_flight >= _MANY:
+                ready = self._gather(ready, due_ns)
         if ready:
             self._stamps.look()
             links = self._connections.links
@@ -169,7 +178,7 @@ class Driver(Generic[R]):
                 if link is None:  # it was closed in this turn, or it is no connection
                     self._stopped |= number == self._stop.fileno()
                     continue
-                if link.connected and mask == select.EPOLLIN:
+                if mask == _READABLE and link.connected:
                     self._receive(link)
                 else:
                     self._serve(link, mask)
@@ -182,6 +191,17 @@ class Driver(Generic[R]):
             elif self._connections.is_late(item, when_ns):
                 self._end(item, monotonic_ns(), Failure("timeout", f"no end within {self._plan.timeout_s:g} s"))
             self._start_all()
+
+    def _gather(self, ready: list[tuple[int, int]], due_ns: int) -> list[tuple[int, int]]:
+        """Let more come before these few are read, unless a request is due meanwhile or stamps are taken on reading."""
+        link = self._connections.links.get(ready[0][0])
+        if link is not None and link.exchange is not None and link.exchange.response is not None:
+            self._pace.look(link.exchange.response.stamps_ns)
+        pause_ns = self._pace.pause_ns(due_ns - monotonic_ns())
+        if not pause_ns or self._stamps.kind != "kernel":
+            return ready
+        time.sleep(pause_ns / 1e9)
+        return self._connections.wait(0)
 
     def _receive(self, link: Link) -> None:
         """The hot path: all that a token costs before the load is over."""
@@ -371,7 +391,7 @@ class Driver(Generic[R]):
 
     def _state(self, elapsed_ns: int) -> Watch:
         exchanges = [link.exchange for link in self._connections.links.values() if link.exchange is not None]
-        chunks = sum(len(exchange.response.pieces) for exchange in exchanges if exchange.response is not None)
+        chunks = sum(len(exchange.response.stamps_ns) for exchange in exchanges if exchange.response is not None)
         return Watch(
             elapsed_s=max(0, elapsed_ns) / 1e9,
             in_flight=self._in_flight,

@@ -14,12 +14,32 @@ _LAG_SAMPLES = 20_000
 _AT_ONCE_NS = 1_000  # two readings that are further apart had something between them
 _TRIES = 5
 _LOOK_EVERY_NS = 1_000_000
+_PATIENCE_NS = 50_000_000
+_TRY_EVERY_S = 0.0005
 
 
 def ask_kernel(sock: socket.socket) -> None:
     """Have the kernel stamp what this socket receives; where it will not, `Stamps` stamps on reading."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    except OSError:
+        return
+
+
+def await_kernel() -> None:
+    """Come back when the kernel stamps: it begins some ms after the first socket of the machine has asked for it."""
+    patient_until_ns = monotonic_ns() + _PATIENCE_NS
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as ours:
+            ask_kernel(ours)
+            ours.connect(listener.getsockname())
+            theirs, _ = listener.accept()
+            with theirs:
+                while monotonic_ns() < patient_until_ns:
+                    theirs.send(b"?")
+                    if ours.recvmsg(1, ANCILLARY_BYTES)[1]:
+                        return
+                    time.sleep(_TRY_EVERY_S)
     except OSError:
         return
 

@@ -8,7 +8,7 @@ from typing import Generic
 
 from llmopt.bench.client.base import Exchange, R
 
-_HELD_BYTES = 64 << 20
+HELD_BYTES = 64 << 20  # beyond it, answers are read while nothing else is to be done
 
 
 class Store(Generic[R]):
@@ -28,7 +28,7 @@ class Store(Generic[R]):
     @property
     def overfull(self) -> bool:
         """Answers must be read, time or no time."""
-        return self._unread_bytes > 4 * _HELD_BYTES
+        return self._unread_bytes > 4 * HELD_BYTES
 
     def keep(self, exchange: Exchange) -> None:
         response = exchange.response
@@ -38,16 +38,16 @@ class Store(Generic[R]):
         self.ended += 1
         self._unread.append(exchange)
         if response is not None:
-            self.chunks += len(response.pieces)
+            self.chunks += len(response.stamps_ns)
             self._unread_bytes += response.received_bytes
-            self.full = self._unread_bytes > _HELD_BYTES
+            self.full = self._unread_bytes > HELD_BYTES
 
     def read_one(self) -> None:
         exchange = self._unread.popleft()
         self.records.append(self._read(exchange))
         if exchange.response is not None:
             self._unread_bytes -= exchange.response.received_bytes
-            self.full = self._unread_bytes > _HELD_BYTES
+            self.full = self._unread_bytes > HELD_BYTES
 
     def read_all(self) -> None:
         while self._unread:

@@ -8,12 +8,15 @@ after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.
 from __future__ import annotations
 
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 from enum import Enum, auto
 from functools import lru_cache
+from itertools import accumulate
 from typing import TypeAlias
 
-#: (receive stamp in ns of the monotonic clock, bytes of the body)
+#: (receive stamp in ns of the monotonic clock, bytes)
 Piece: TypeAlias = tuple[int, bytes]
 
 _MAX_HEAD_BYTES = 64 * 1024
@@ -38,18 +41,24 @@ class _State(Enum):
     COMPLETE = auto()
 
 
+_CHUNK_SIZE = _State.CHUNK_SIZE  # looking up a member costs as much as a slice
+_COMPLETE = _State.COMPLETE
+
+
 class Response:
     """One response, fed with the bytes of each receive until `complete`.
 
-    `status` is 0 until the head is in; `pieces` is the body without its framing; `received_bytes` counts everything.
+    `status` is 0 until the head is in; `pieces` is the body without its framing, and `stamps_ns` says when each came;
+    `received_bytes` counts everything.
     """
 
-    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "status")
+    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "stamps_ns", "status")
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        self.pieces: list[Piece] = []
+        self.pieces: list[bytes] = []
+        self.stamps_ns = array("q")
         self.keep_alive = True
         self.received_bytes = 0
         self._state = _State.HEAD
@@ -63,11 +72,11 @@ class Response:
     def feed(self, stamp_ns: int, data: bytes) -> bool:
         """Take what one receive brought; True when the response is complete. Raises MalformedError."""
         self.received_bytes += len(data)
-        if self._state is not _State.CHUNK_SIZE or self._rest:
+        if self._state is not _CHUNK_SIZE or self._rest:
             self._walk(stamp_ns, data)
         elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
             self._read_chunks(stamp_ns, data[at:])
-        return self._state is _State.COMPLETE
+        return self._state is _COMPLETE
 
     def closed(self) -> bool:
         """The connection has ended; True if the response is complete with that."""
@@ -77,7 +86,18 @@ class Response:
         return self.complete
 
     def body(self) -> bytes:
-        return b"".join(data for _, data in self.pieces)
+        return b"".join(self.pieces)
+
+    def stamps_at(self, ends: list[int]) -> Sequence[int]:
+        """For each place in the body, behind a line, say, the stamp of the receive that reached it."""
+        ours = list(accumulate(map(len, self.pieces)))
+        if ours == ends:
+            return self.stamps_ns  # as nearly always
+        return [self.stamps_ns[bisect_left(ours, end)] for end in ends]
+
+    def _add(self, stamp_ns: int, data: bytes) -> None:
+        self.stamps_ns.append(stamp_ns)
+        self.pieces.append(data)
 
     def _walk(self, stamp_ns: int, data: bytes) -> None:
         if self._state is _State.HEAD:
@@ -86,7 +106,7 @@ class Response:
             self._read_length(stamp_ns, data)
         elif self._state is _State.UNTIL_CLOSE:
             if data:
-                self.pieces.append((stamp_ns, data))
+                self._add(stamp_ns, data)
         elif self._state is not _State.HEAD:
             self._read_chunks(stamp_ns, data)
 
@@ -141,7 +161,7 @@ class Response:
     def _read_length(self, stamp_ns: int, data: bytes) -> None:
         piece = data[: self._left]
         if piece:
-            self.pieces.append((stamp_ns, piece))
+            self._add(stamp_ns, piece)
             self._left -= len(piece)
         if not self._left:
             self._state = _State.COMPLETE
@@ -154,7 +174,7 @@ class Response:
         while at < size:
             if self._state is _State.CHUNK_DATA:
                 piece = data[at : at + self._left]
-                self.pieces.append((stamp_ns, piece))
+                self._add(stamp_ns, piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if not self._left:
@@ -181,9 +201,10 @@ class Response:
                 break
             start = end + 2
             stop = start + _chunk_size(data[at:end])
-            if start == stop or not data.startswith(b"\r\n", stop):
+            if start == stop or data[stop : stop + 2] != b"\r\n":
                 break
-            self.pieces.append((stamp_ns, data[start:stop]))
+            self.stamps_ns.append(stamp_ns)
+            self.pieces.append(data[start:stop])
             at = stop + 2
         return at
 
@@ -217,38 +238,35 @@ def _chunk_size(line: bytes) -> int:
     return int(digits, 16)
 
 
-def events(pieces: Sequence[Piece]) -> list[Piece]:
+def events(response: Response) -> list[Piece]:
     """The data of every server-sent event, with the stamp of the receive that completed the event.
 
     Line ends are LF, CRLF or CR; comments and other fields are dropped. An event at the very end whose blank line is
     missing counts, as common servers leave it out behind `[DONE]`.
     """
-    found = []
-    for stamp_ns, data in pieces:
-        one_line = data.find(b"\n") == len(data) - 2 and data.endswith(b"\n\n") and data.startswith(b"data: ")
-        if not one_line or b"\r" in data:
-            return _cut(pieces)
-        found.append((stamp_ns, data[6:-2]))
-    return found  # every piece was one event, as nearly always
+    body = response.body()
+    if body.startswith(b"data: ") and body.endswith(b"\n\n") and b"\r" not in body:
+        found = body[6:-2].split(b"\n\ndata: ")
+        if body.count(b"\n") == 2 * len(found):  # every event is one line, as nearly always
+            ends = list(accumulate([len(data) + 8 for data in found]))
+            return list(zip(response.stamps_at(ends), found, strict=True))
+    return _cut(response, body)
 
 
-def _cut(pieces: Sequence[Piece]) -> list[Piece]:
+def _cut(response: Response, body: bytes) -> list[Piece]:
     """The events of any body."""
-    body = b"".join([data for _, data in pieces])
-    found: list[Piece] = []
-    remaining = iter(pieces)
-    start = reached = stamp_ns = 0
+    found: list[bytes] = []
+    ends: list[int] = []
+    start = 0
     while start < len(body):
         blank = _BLANK_LINE.search(body, start)
         end, following = (blank.start(), blank.end()) if blank else (len(body), len(body))
-        while reached < following:
-            stamp_ns, data = next(remaining)
-            reached += len(data)
         payload = _event_data(body[start:end])
         if payload is not None:
-            found.append((stamp_ns, payload))
+            found.append(payload)
+            ends.append(following)
         start = following
-    return found
+    return list(zip(response.stamps_at(ends), found, strict=True))
 
 
 def _event_data(event: bytes) -> bytes | None:

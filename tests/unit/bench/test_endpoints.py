@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmopt.bench import answers
 from llmopt.bench.answers import Answer
-from llmopt.bench.client.wire import Response, events
+from llmopt.bench.client.wire import Response
 from llmopt.bench.endpoints import ENDPOINTS
 
 TURNS = [("system", "Be brief. "), ("user", "Hello? "), ("assistant", "Yes. "), ("user", "Good.")]
@@ -218,19 +217,6 @@ def test_a_stream_that_stops_without_a_word_is_cut(name: str, first: Any) -> Non
 
 def test_a_dynamic_batch_of_lmi_has_outputs() -> None:
     assert ENDPOINTS["sagemaker"].answer(lines({"outputs": ["This"]}, {"outputs": [" is"]})) == "This is"
-
-
-EVENT = st.sampled_from([b'data: {"a": 1}', b"data: x", b": ping", b"event: e", b"data:y", b"data: ", b"data", b""])
-NEWLINE = st.sampled_from([b"\n", b"\n\n", b"\n\n", b"\r\n\r\n", b"\r"])
-
-
-@given(parts=st.lists(st.tuples(EVENT, NEWLINE), max_size=8), size=st.integers(1, 30))
-def test_the_quick_cut_of_events_is_the_general_one(parts: list[tuple[bytes, bytes]], size: int) -> None:
-    pieces = [(number, b"".join(part)) for number, part in enumerate(parts)]
-    assert answers._events(pieces) == events(pieces)
-    body = b"".join(data for _, data in pieces)
-    chopped = [(at, body[at : at + size]) for at in range(0, len(body), size)]
-    assert answers._events(chopped) == events(chopped)
 
 
 KEYS = ["choices", "text", "usage", "error", "delta", "message", "content", "type", "response", "output", "token"]

@@ -48,6 +48,6 @@ def tokens_of() -> Callable[[Exchange], int]:
 
     def count(exchange: Exchange) -> int:
         assert exchange.response is not None
-        return sum(b'"text"' in data for _, data in events(exchange.response.pieces))
+        return sum(b'"text"' in data for _, data in events(exchange.response))
 
     return count

@@ -183,7 +183,7 @@ def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:
 
 
 def test_a_full_store_reads_answers_as_they_end(truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmopt.bench.client.store._HELD_BYTES", 3000)
+    monkeypatch.setattr("llmopt.bench.client.store.HELD_BYTES", 3000)
     found, _ = load(truth.url(), requests=12, streams=2)
     assert sorted(record.prompt for record in found.records) == list(range(12))
     assert kinds(found) == {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import time
 
@@ -15,6 +16,12 @@ SECOND_NS = 1_000_000_000
 
 def kernel_says(wall_ns: int) -> list[tuple[int, int, bytes]]:
     return [(1, 35, struct.pack("@qq", wall_ns // SECOND_NS, wall_ns % SECOND_NS))]
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        return ours, listener.accept()[0]
 
 
 @pytest.fixture
@@ -71,3 +78,19 @@ def test_samples_of_the_lag_stay_few_and_cover_the_whole_load(clock: Stamps, mon
     assert 50 <= len(lags) <= 100
     assert max(lags) > 4800
     assert 1500 < sorted(lags)[len(lags) // 2] < 3500
+
+
+def test_after_the_wait_for_the_kernel_it_stamps_the_first_receive() -> None:
+    ours, theirs = connected()
+    with ours, theirs:
+        stamps.ask_kernel(ours)
+        stamps.await_kernel()
+        theirs.send(b"x")
+        assert ours.recvmsg(1, stamps.ANCILLARY_BYTES)[1]
+
+
+def test_a_kernel_that_never_stamps_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stamps, "ask_kernel", lambda sock: None)
+    before_s = time.monotonic()
+    stamps.await_kernel()
+    assert 0.02 <= time.monotonic() - before_s < 5

@@ -23,7 +23,7 @@ class Echo:
         return json.dumps({"model": model, "turns": turns, "tokens": output_tokens}).encode()
 
     def answer(self, response: Response) -> str:
-        return b"".join(data for _, data in response.pieces).decode()
+        return response.body().decode()
 
 
 def conversation(number: int, turns: int = 1, think_s: float = 0.0) -> Conversation:
