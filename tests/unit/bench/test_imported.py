@@ -66,6 +66,7 @@ def test_several_files_are_rounds_and_their_requests_are_kept(tmp_path: Path, re
     made([result(str(n)) for n in range(3)], tmp_path / "out", slo=["ttft_ms_p50<=100"])
     report = report_in(tmp_path / "out")
     assert len(report["results"]["candidate"]["c2"]["rounds"]) == 3
+    assert report["results"]["candidate"]["c2"]["requests"] == 30
     assert report["gate"]["verdict"] == "pass"
     assert set(pq.read_table(tmp_path / "out" / "requests.parquet").column("round").to_pylist()) == {0, 1, 2}
 
