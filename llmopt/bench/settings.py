@@ -112,6 +112,12 @@ class BenchSettings:
         for name in ("ramp_s", "warmup_s", "cooldown_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise SettingsError(f"`{name}` cannot be `{getattr(self, name)}`", hint="give seconds, or 0")
+        if self.duration_s is not None and self.warmup_s + self.cooldown_s >= self.duration_s:
+            raise SettingsError(
+                f"a warm-up of {self.warmup_s:g} s and a cool-down of {self.cooldown_s:g} s leave nothing of a load of "
+                f"{self.duration_s:g} s",
+                hint="raise `duration_s`",
+            )
         for name in ("margin", "alpha"):
             if not 0 < getattr(self, name) < 1:
                 raise SettingsError(f"`{name}` cannot be `{getattr(self, name)}`", hint="as in `5%` or `0.05`")
@@ -194,6 +200,8 @@ def resolve(settings: Mapping[str, Any]) -> BenchSettings:
     for name in ("margin", "alpha"):
         if isinstance(values.get(name), str):
             values[name] = share(values[name], name)
+    if isinstance(metrics := values.get("gate_metrics"), list | tuple):  # by the names that figures have
+        values["gate_metrics"] = [names.joined(*names.split(str(metric))) for metric in metrics]
     if workload.endpoint is not None:
         values.setdefault("endpoint", workload.endpoint)
     return build(BenchSettings, values | {"workload": workload}, where="bench")

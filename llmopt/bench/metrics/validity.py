@@ -48,6 +48,8 @@ def invalid(level: Level) -> str | None:
     at = f"`{level.subject}` at {words(level.load)}"
     if not level.records:
         return f"no request of {at} was sent"
+    if level.window_ns is not None and not _sent_in(level.window_ns, level):
+        return f"no request of {at} was sent between the warm-up and the cool-down"
     failed = [r for r in level.records if r.failure is not None and r.failure.kind != UNSENT]
     if len(failed) > MAX_ERROR_SHARE * len(level.records):
         return f"{len(failed)} of {len(level.records)} requests of {at} failed: {describe(failed)}"
@@ -56,6 +58,11 @@ def invalid(level: Level) -> str | None:
         return f"the client could not hold the load of {at}: it used {share:.0%} of a core"
     found = not_held(level, MIN_HELD_SHARE if level.wall_s >= LONG_FROM_S else MIN_HELD_SHARE_OF_SHORT)
     return None if found is None else f"the client could not hold the load of {at}: it {found}"
+
+
+def _sent_in(window_ns: tuple[int, int], level: Level) -> bool:
+    first, last = window_ns
+    return any(first <= record.sent_ns - level.started_ns < last for record in level.records)
 
 
 def hint(level: Level) -> str:

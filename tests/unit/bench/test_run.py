@@ -302,3 +302,17 @@ def test_what_cannot_go_together_is_found_before_the_load(truth: Any, tmp_path: 
         with pytest.raises(SettingsError):
             bench(url, tmp_path, **options)
     assert len(truth.log()) == seen
+
+
+def test_a_window_without_a_request_is_an_invalid_measurement(truth: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        MeasurementInvalidError, match=r"no request of .* was sent between the warm-up and the cool-down"
+    ):
+        bench(truth.url(), tmp_path, rate=100, requests=10, warmup_s=5)
+    with pytest.raises(SettingsError, match="leave nothing of a load of 1 s"):
+        bench(truth.url(), tmp_path, rate=100, duration_s=1, warmup_s=0.5, cooldown_s=0.5)
+
+
+def test_the_gate_s_figures_may_be_written_either_way() -> None:
+    settings = resolve({"gate_metrics": ["ttft_p50_ms", " tokens_per_s"]})
+    assert settings.gate_metrics == ("ttft_ms_p50", "tokens_per_s")
