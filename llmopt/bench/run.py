@@ -47,7 +47,7 @@ def run(
     try:
         bench.measure()
     except PartialLevel as partial:
-        bench.levels.append(partial.level)
+        bench.add(partial.level)
         bench.write(invalid="interrupted")
         raise KeyboardInterrupt from None
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ GATE_ROUNDS = 12
 _NEXT_URL = re.compile(r",(?=\s*https?://)")  # a path may have commas of its own
 _LOOKS = 3  # of the gate: after `rounds`, twice and four times as many
 _OPEN_LOOP_S = 20.0  # how long an open loop lasts where nothing says it
+_SHORT_S = 5.0  # of a sweep that says how many requests: so long it lasts at any rate
 _FEWEST_ARRIVALS = 16
 
 
@@ -168,8 +169,8 @@ class BenchSettings:
 
     def requests_at(self, load: LoadShape) -> int | None:
         """The most conversations of a level and round; None: until the duration, or the trace, ends."""
-        if self.requests is not None and self.sweep is not None and load.streams is not None:
-            return max(self.requests, 4 * load.streams)  # fewer could not keep the streams busy
+        if self.requests is not None and self.sweep is not None:  # fewer could tell nothing of the larger loads
+            return max(self.requests, 4 * load.streams if load.streams else round(_SHORT_S * (load.rate or 0)))
         if self.requests is not None or self.duration_s is not None:
             return self.requests
         if load.streams is not None:

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -34,12 +33,7 @@ app.command("quantize", short_help="Quantize a checkpoint.")(quantize.quantize)
 app.command("compile", short_help="Compile a model into an engine.")(compile_command.compile_)
 app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate.evaluate)
 app.command("bench", short_help="Load-test an engine or a server.")(bench.bench)
-for _name, _function, _help in (
-    ("selftest", bench_tools.selftest, "Measure the load client itself."),
-    ("calibrate", bench_tools.calibrate, "Measure the noise, and what can be found in it."),
-    ("history", bench_tools.history, "Show where stored figures changed."),
-    ("import", bench_tools.import_, "Judge results of other load testers."),
-):
+for _name, (_function, _help) in bench_tools.TOOLS.items():
     # A subcommand of a command that takes an argument itself: `main` joins the two words.
     app.command(
         f"bench {_name}",
@@ -97,8 +91,6 @@ def _invoke(args: list[str]) -> int:
     commands = getattr(command, "commands", {})
     if " ".join(args[:2]) in commands:
         args = [" ".join(args[:2]), *args[2:]]
-    elif args[0] == "bench" and len(args) > 1:
-        _check_tool(args[1], [name.split()[1] for name in commands if name.startswith("bench ")])
     try:
         with command.make_context("llmopt", args) as context:
             code = command.invoke(context)
@@ -106,14 +98,10 @@ def _invoke(args: list[str]) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except typer.TyperException as error:
-        raise _usage_error(error) from None
-
-
-def _check_tool(word: str, tools: list[str]) -> None:
-    """A word that is all but the name of a tool, and of nothing here, is a slip."""
-    hint = nearest(word, tools)
-    if hint.startswith("did you mean") and not Path(word).exists():
-        raise SettingsError(f"no such command `bench {word}`", hint=hint.replace("`", "`llmopt bench ", 1))
+        usage = _usage_error(error)
+        if len(args) > 1 and args[0] == "bench" and (slip := bench_tools.slip(args[1])) is not None:
+            usage.hint = slip
+        raise usage from None
 
 
 def _usage_error(error: typer.TyperException) -> SettingsError:

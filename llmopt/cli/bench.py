@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llmopt.cli import options as opt
+from llmopt.errors import LlmoptError, SettingsError
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
+    from llmopt.pipeline.inputs import Input
 
 if TYPE_CHECKING:
     pass
@@ -147,7 +152,7 @@ def bench(
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     delivery = Delivery(session, out=out, name=name, anew=True)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
-    subjects = {"candidate": inputs.subject(session.store, subject)}
+    subjects = {"candidate": _subject(session.store, subject)}
     if against is not None:
         subjects["baseline"] = inputs.subject(session.store, against)
     settings = opt.settings(
@@ -201,3 +206,17 @@ def bench(
     delivery.deliver(result, verdict.text(read_report(Path(result.path))))
     forms.deliver(Path(result.path))
     return verdict.exit_code(result.metrics)
+
+
+def _subject(store: Store, reference: str) -> Input | str:
+    """What to load; a word that names nothing here and is all but the name of a subcommand is a slip."""
+    from llmopt.cli.bench_tools import slip
+    from llmopt.pipeline import inputs
+
+    try:
+        return inputs.subject(store, reference)
+    except LlmoptError as error:
+        hint = slip(reference)
+        if type(error) is not LlmoptError or hint is None:
+            raise
+        raise SettingsError(f"no such command `bench {reference}`", hint=hint) from None

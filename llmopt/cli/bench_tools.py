@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import bench as load
 from llmopt.cli import options as opt
-from llmopt.errors import Exit
+from llmopt.errors import Exit, SettingsError, nearest
 
 if TYPE_CHECKING:
     from llmopt.pipeline.history import Report
@@ -72,12 +72,15 @@ def calibrate(
     Give the options of the bench that is to be gated. The report is stored as any other.
     """
     from llmopt.bench.gate.calibrate import calibrate as from_rounds
+    from llmopt.bench.gate.verdict import LEAST_ROUNDS
     from llmopt.bench.report.folder import read_report, rounds_of
     from llmopt.bench.settings import share
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    if rounds < LEAST_ROUNDS:
+        raise SettingsError(f"{rounds} rounds tell no noise", hint=f"give `--rounds` of {LEAST_ROUNDS} at the least")
     delivery = Delivery(session, out=out, name=name, anew=True)
     settings = opt.settings(
         profile,
@@ -193,7 +196,27 @@ def import_(
         {key: value for key, value in given.items() if value is not None},
         baseline=inputs.report(session.store, baseline),
     )
-    result = runner.run(session.store, stage, session.console.progress)
+
+    def keep(staged: Path) -> None:
+        forms.deliver(staged)
+        delivery.keep(staged)
+
+    result = runner.run(session.store, stage, session.console.progress, keep=keep)
     delivery.deliver(result, verdict.text(read_report(Path(result.path))))
     forms.deliver(Path(result.path))
     return verdict.exit_code(result.metrics)
+
+
+#: Subcommands of `llmopt bench`, which takes an argument itself: name -> (function, what it does).
+TOOLS: Mapping[str, tuple[Callable[..., int], str]] = {
+    "selftest": (selftest, "Measure the load client itself."),
+    "calibrate": (calibrate, "Measure the noise, and what can be found in it."),
+    "history": (history, "Show where stored figures changed."),
+    "import": (import_, "Judge results of other load testers."),
+}
+
+
+def slip(word: str) -> str | None:
+    """A hint for a word that is all but the name of a subcommand."""
+    hint = nearest(word, TOOLS)
+    return hint.replace("`", "`llmopt bench ", 1) if hint.startswith("did you mean") else None

@@ -80,9 +80,11 @@ def text(report: Mapping[str, Any]) -> str:
     lines = [table(rows, left=2), ""]
     sweep = report.get("sweep")
     if sweep:
-        best = "none meets the thresholds" if sweep["best"] is None else f"{sweep['best']:g} {sweep['kind']}"
+        unit = "streams" if sweep["kind"] == "streams" else "requests/s"
+        best = "none meets the thresholds" if sweep["best"] is None else f"{sweep['best']:g} {unit}"
         knee = "none" if sweep["knee"] is None else f"{sweep['knee']:g}"
-        lines.append(f"knee      {knee}, best {best}; {sweep['stopped']}")
+        larger = ", and a larger load may do as well" if sweep["at_limit"] else ""
+        lines.append(f"knee      {knee}, best {best}{larger}; {sweep['stopped']}")
     first, *more = verdict.sentences
     lines.append(f"verdict   {verdict.title.lower()}: {first}")
     lines += [f"          {sentence}" for sentence in more]

@@ -108,7 +108,8 @@ def _figures(manifest: Manifest) -> dict[str, Mapping[str, Json]]:
 
 def _conditions(action: Action) -> dict[str, object]:
     settings = {name: value for name, value in action.settings.items() if name not in _PASSED_OVER}
-    return {"op": action.op, "settings": settings, "target": dict(action.target)}
+    data = {name: action.inputs.get(name) for name in ("workload", "tokenizer")}
+    return {"op": action.op, "settings": settings, "target": dict(action.target), **data}
 
 
 def _action(manifest: Manifest) -> Action:

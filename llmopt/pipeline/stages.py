@@ -337,6 +337,7 @@ def import_bench(results: Sequence[Input], settings: Mapping[str, Any], *, basel
         ),
         check=lambda: bench.check_import(paths, resolved, report),
         produce=lambda out, progress: bench.import_results(paths, resolved, out, baseline=report),
+        repeatable=False,  # it says when and where it was imported
     )
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as something that a loop can wait for, since an exception in the middle of its work would lose some of it."""
+"""Ctrl-C (or a SIGTERM that is heeded) as something that a loop can wait for: an exception would lose some work."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _AGAIN_S = 1.0
 
@@ -34,15 +35,25 @@ def ctrl_c() -> Iterator[socket.socket]:
             theirs.send(b"c")
 
     with ours, theirs:
-        before = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-            yield ours
-            return
-        signal.signal(signal.SIGINT, note)
+        before = _heeded() if threading.current_thread() is threading.main_thread() else {}
+        for number in before:
+            signal.signal(number, note)
         try:
             yield ours
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _heeded() -> dict[signal.Signals, Any]:
+    """What would end this process in order, with its handlers: Ctrl-C unless it is ignored, SIGTERM where one is set,
+    which is how a CI job is cancelled."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGINT] in (signal.SIG_IGN, None):
+        del before[signal.SIGINT]
+    if not callable(before[signal.SIGTERM]):
+        del before[signal.SIGTERM]
+    return before
 
 
 def came(stop: socket.socket) -> bool:

@@ -231,7 +231,7 @@ def compact(summary: Mapping[str, Json]) -> dict[str, Json]:
     for name in TIMES:
         values = summary.get(name)
         if isinstance(values, dict):
-            figures |= {f"{name}_{which}": values[which] for which in ("mean", *PERCENTILES)}
+            figures |= {f"{name}_{which}": values[which] for which in ("mean", *PERCENTILES) if which in values}
     figures |= {name: summary[name] for name in _RATES if summary.get(name) is not None}
     errors = summary["errors"]
     assert isinstance(errors, dict)

@@ -48,12 +48,15 @@ def digest(path: Path) -> str:
 
 
 def rounds_of(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
-    """level -> figure -> baseline and candidate, one value a round, of the figures that a gate takes by default."""
+    """level -> figure -> baseline and candidate, one value a round, of the figures that a gate takes by default.
+
+    A figure that some round has not, or as 0, is left out: it has no ratio.
+    """
     sides = [report["results"].get(name, {}) for name in ("baseline", "candidate")]
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for level in sides[1]:
         for metric in names.GATED:
             base, cand = ([each.get(metric) or 0.0 for each in side.get(level, {}).get("rounds", ())] for side in sides)
-            if base and cand and any(base + cand):
+            if base and cand and all(base + cand):
                 found.setdefault(level, {})[metric] = (base, cand)
     return found
