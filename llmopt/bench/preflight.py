@@ -184,12 +184,14 @@ def _get(url: str, headers: Sequence[tuple[str, str]]) -> tuple[int, bytes]:
         response = connection.getresponse()
         return response.status, response.read()
     except TimeoutError:
+        more = ", or does it want `http://`?" if parts.scheme == "https" else "?"
         raise LlmoptError(
-            f"the server at `{url}` does not answer within {_PROBE_TIMEOUT_S:g} s", hint="is it still loading?"
+            f"the server at `{url}` does not answer within {_PROBE_TIMEOUT_S:g} s", hint=f"is it still loading{more}"
         ) from None
     except ssl.SSLError as error:
         raise LlmoptError(
-            f"no TLS connection to `{url}`: {error.reason or error}", hint="check the certificate, or use `http://`"
+            f"no TLS connection to `{url}`: {error.reason or error}",
+            hint="check the certificate, name its authority in `SSL_CERT_FILE`, or use `http://`",
         ) from None
     except OSError as error:
         raise LlmoptError(

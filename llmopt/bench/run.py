@@ -187,7 +187,10 @@ class _Bench:
             if len(self.subjects) < 2:
                 return
             from llmopt.bench import findings
+            from llmopt.bench.gate.verdict import LEAST_ROUNDS
 
+            if not self.settings.gate and rounds < LEAST_ROUNDS:
+                return  # the ratios are told, and nothing is made of them
             self.judgement = findings.judge(self.levels, self.settings, look)
             if self.judgement.verdict != "inconclusive":
                 return

@@ -134,10 +134,10 @@ def history(
     series = stored.series(found, [metric.strip() for metric in metrics.split(",")])
     lines = []
     for one in series:
-        first, last = (
-            time.strftime("%Y-%m-%d", time.localtime(r.created_s)) for r in (one.reports[0], one.reports[-1])
-        )
-        lines.append(f"{one.level} {one.metric}: {len(one.values)} reports, {first} to {last}, now {one.values[-1]:g}")
+        first, last = _day(one.reports[0]), _day(one.reports[-1])
+        when = first if first == last else f"{first} to {last}"
+        count = f"{len(one.values)} report{'' if len(one.values) == 1 else 's'}"
+        lines.append(f"{one.level} {one.metric}: {count}, {when}, now {one.values[-1]:g}")
         for change in one.changes:
             at = one.reports[change.index]
             figures = f"{change.before:.4g} -> {change.after:.4g}"

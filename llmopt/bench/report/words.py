@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from llmopt.bench.gate.names import GATED
 from llmopt.bench.gate.slo import parse_all
 
 Report: TypeAlias = Mapping[str, Any]  # of the schema `llmopt.report/2`
@@ -83,7 +84,7 @@ def verdict(report: Report) -> Verdict:
         return Verdict(outcome="invalid", title="Not valid", sentences=(found[0].sentence,))
     said = (report.get("gate") or {}).get("verdict")
     if said is None:
-        compared = tuple(check.sentence for check in found[1:])
+        compared = tuple(check.sentence for check in found[1:]) or tuple(_ratios(report))
         return Verdict(
             outcome=None, title="Measured", sentences=compared or ("no threshold and no comparison was asked for",)
         )
@@ -110,6 +111,15 @@ def _counted(found: Sequence[Check]) -> str:
             more = "" if part[0].decides else " (which decide nothing without `--gate`)"
             counts.append(f"{passed} of {len(part)} {name}{'s' if len(part) > 1 else ''}{more}")
     return f"{' and '.join(counts)} passed"
+
+
+def _ratios(report: Report) -> Iterator[str]:
+    """Candidate against baseline at each level, where nothing has been made of it."""
+    for level, ratio in (report.get("ratio") or {}).items():
+        rounds = len(report["results"]["candidate"][level].get("rounds") or (1,))
+        changes = ", ".join(f"{metric(name)} {percent(ratio[name])}" for name in GATED if name in ratio)
+        if changes:
+            yield f"{level}: {changes} in {rounds} round{'' if rounds == 1 else 's'}, which may be noise"
 
 
 def notes(report: Report) -> list[str]:

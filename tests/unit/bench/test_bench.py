@@ -18,7 +18,6 @@ import pytest
 
 from llmopt.artifacts.outcome import Outcome, silent
 from llmopt.bench import Subject, measure, resolve
-from llmopt.bench.gate import names
 from llmopt.errors import Exit, LlmoptError, MeasurementInvalidError
 
 MakeEngine = Callable[..., Path]
@@ -120,8 +119,11 @@ def test_two_subjects_get_the_same_prompts_in_every_round_and_a_ratio(
     report = report_in(tmp_path)
     assert [each["round"] for each in report["results"]["candidate"]["c2"]["rounds"]] == [0, 1, 2]
     assert report["results"]["baseline"]["c2"]["requests"] == 12
-    assert {each["metric"] for each in report["gate"]["comparisons"]} == set(names.GATED)
-    assert report["gate"]["verdict"] is None  # it decides nothing unless it is asked to
+    assert report["gate"] is None  # three rounds tell nothing, and nobody asked
+    (told,) = [
+        line for line in (tmp_path / "summary.md").read_text().splitlines() if line.startswith("- c2: TTFT p50 +")
+    ]
+    assert told.endswith("in 3 rounds, which may be noise")
 
 
 def test_rounds_take_the_subjects_in_random_order_by_the_seed(truth: Any, tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -252,3 +258,47 @@ def test_429_tells_how_long_to_wait(truth: Any, tmp_path: Path) -> None:
     with pytest.raises(MeasurementInvalidError, match=r"Retry-After: 7") as caught:
         bench(truth.url("status=429,retry_after=7"), tmp_path, concurrency=1)
     assert "limits requests" in (caught.value.hint or "")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with `openssl`")
+def test_a_certificate_that_nobody_trusts_is_told_before_the_load(tmp_path: Path) -> None:
+    both = tmp_path / "both.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run([*command.split(), "-keyout", both, "-out", both], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(both)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            raw, _ = listener.accept()
+            with contextlib.suppress(OSError), context.wrap_socket(raw, server_side=True):
+                pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(LlmoptError, match=r"no TLS connection to .*CERTIFICATE_VERIFY_FAILED") as caught:
+            bench(f"https://localhost:{listener.getsockname()[1]}", tmp_path / "out", concurrency=1)
+        thread.join()
+    assert "`SSL_CERT_FILE`" in (caught.value.hint or "")
+
+
+def test_plain_http_behind_https_is_told_before_the_load(
+    truth: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmopt.bench.preflight._PROBE_TIMEOUT_S", 0.3)
+    with pytest.raises(LlmoptError) as caught:
+        bench(truth.root.replace("http:", "https:"), tmp_path, concurrency=1)
+    assert "`http://`" in (caught.value.hint or "")
+
+
+def test_what_cannot_go_together_is_found_before_the_load(truth: Any, tmp_path: Path) -> None:
+    seen, url = len(truth.log()), truth.url()
+    wrong: list[dict[str, Any]] = [
+        {"sweep": "rate", "against": url}, {"in_process": True, "concurrency": 1},
+        {"headers": ["X-A: 1", "x-a: 2"], "concurrency": 1}, {"sweep": "rate", "rate": 3},
+        {"sweep": "rate", "rounds": 2},
+    ]  # fmt: skip
+    for options in wrong:
+        with pytest.raises(SettingsError):
+            bench(url, tmp_path, **options)
+    assert len(truth.log()) == seen

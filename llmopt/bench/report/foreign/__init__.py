@@ -25,6 +25,7 @@ CONVENTIONS: Mapping[str, Mapping[str, str]] = {
     "vllm": vllm_json.CONVENTIONS,
 }
 _FILES = ("benchmarks.json", "profile_export_aiperf.json", "profile_export_genai_perf.json")
+_COUNTS = ("requests", "answered", "tokens", "errors")  # of several runs the sum; of all else the median
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +154,18 @@ def _together(summaries: Sequence[dict[str, Json]]) -> dict[str, Json]:
     if len(summaries) == 1:
         return summaries[0]
     merged = {key: _median([each.get(key) for each in summaries]) for key in summaries[0]}
-    return merged | {"rounds": [_compact(each) for each in summaries]}
+    merged |= {key: _summed([each.get(key) for each in summaries]) for key in _COUNTS if key in summaries[0]}
+    return merged | {"rounds": [{"round": number, **_compact(each)} for number, each in enumerate(summaries)]}
+
+
+def _summed(values: Sequence[Json]) -> Json:
+    """The sum of counts, or of those of each kind; None where a run has none."""
+    objects = [value for value in values if isinstance(value, dict)]
+    if objects:
+        kinds = dict.fromkeys(kind for each in objects for kind in each)
+        return {kind: _summed([each.get(kind, 0) for each in objects]) for kind in kinds}
+    numbers = [value for value in values if isinstance(value, int)]
+    return sum(numbers) if len(numbers) == len(values) else None
 
 
 def _median(values: Sequence[Json]) -> Json:
