@@ -99,6 +99,7 @@ class Loader:
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
     processes: int = 1
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.processes = self.settings.processes or 1
@@ -129,6 +130,11 @@ class Loader:
                 return level
             self.processes *= 2
             self.progress(f"one core was not enough ({share:.0%}): again with {self.processes} processes of the client")
+            where = f"`{served.subject.name}` {work.load.label}"
+            self.notes.append(
+                f"{where}: measured again with {self.processes} processes of the client, and with prompts that the "
+                "server had seen: a cache may have helped"
+            )
 
     def _measure(self, served: Served, work: Work, number: int) -> Level:
         from llmopt.bench.metrics import telemetry

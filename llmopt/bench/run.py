@@ -102,7 +102,7 @@ class _Bench:
 
         levels = self.levels if self.settings.sweep is None else sorted(self.levels, key=_size)
         found = findings.results(levels, self.settings)
-        notes = [*self.notes, *findings.notes(levels, self._asked)]
+        notes = [*self.notes, *self.loader.notes, *findings.notes(levels, self._asked)]
         if len(self.subjects) > 1 or self.baseline is not None:
             notes += findings.thin(self.levels, self.settings)
         report: dict[str, Json] = {

@@ -197,8 +197,8 @@ class Driver(Generic[R]):
         link = self._connections.links.get(ready[0][0])
         if link is not None and link.exchange is not None and link.exchange.response is not None:
             self._pace.look(link.exchange.response.stamps_ns)
-        pause_ns = self._pace.pause_ns(due_ns - monotonic_ns())
-        if not pause_ns or self._stamps.kind != "kernel":
+        pause_ns = self._pace.pause_ns(due_ns - monotonic_ns()) if self._stamps.kind == "kernel" else 0
+        if not pause_ns:
             return ready
         time.sleep(pause_ns / 1e9)
         return self._connections.wait(0)

@@ -85,7 +85,9 @@ def grow(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
         monkeypatch.setattr(Loader, "_measure", measure)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         loader = Loader(resolve({"concurrency": 4, **options}), silent, (), ())
-        loader.measure(SimpleNamespace(direct=None), work(loader.settings), 0)  # type: ignore[arg-type]
+        served = SimpleNamespace(direct=None, subject=SimpleNamespace(name="candidate"))
+        loader.measure(served, work(loader.settings), 0)  # type: ignore[arg-type]
+        assert len(loader.notes) == len(tries) - 1  # the server has seen the prompts of those before
         return tries
 
     return run

@@ -49,6 +49,11 @@ def logged(address: str, identity: str) -> dict[str, Any]:
     return dict(found)
 
 
+def own_error_ns(address: str) -> float:
+    """By how much a stamp of sending may be wrong, as the server says: it can lose its core just behind a send."""
+    return float(get(address, "/log")["half_width_us"]["max"]) * 1e3
+
+
 def body(tokens: object, **more: object) -> bytes:
     fields = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": tokens, "stream": True, **more}
     return json.dumps(fields).encode()
@@ -89,7 +94,7 @@ def test_an_answer_starts_between_its_request_and_its_receipt(address: str) -> N
     log = logged(address, "between")
     clocks_apart_ns = 1_000_000  # the kernel stamps by the clock of the day, which is turned into the monotonic one
     assert before_ns - clocks_apart_ns <= log["arrived_ns"] <= asked_ns + clocks_apart_ns
-    assert log["arrived_ns"] < log["sent_ns"][0] < log["sent_ns"][-1] < after_ns
+    assert log["arrived_ns"] < log["sent_ns"][0] < log["sent_ns"][-1] < after_ns + own_error_ns(address)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -106,7 +111,8 @@ def test_a_connection_serves_one_request_after_another(address: str) -> None:
         socket_before = connection.sock
         answer(connection, "second of two", tokens=1)
         assert connection.sock is socket_before
-    assert logged(address, "first of two")["sent_ns"][-1] < logged(address, "second of two")["arrived_ns"]
+    first_ns, second_ns = logged(address, "first of two")["sent_ns"][-1], logged(address, "second of two")["arrived_ns"]
+    assert first_ns < second_ns + own_error_ns(address)
 
 
 def test_streams_run_side_by_side(address: str) -> None:

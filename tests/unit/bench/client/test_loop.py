@@ -16,6 +16,7 @@ import pytest
 
 from llmopt.bench.client.base import Job, Load, Plan, Target
 from llmopt.bench.client.loop import drive
+from llmopt.bench.client.pace import Pace
 from llmopt.bench.endpoints import ENDPOINTS
 from llmopt.bench.metrics.records import Record, read
 
@@ -180,6 +181,18 @@ def test_a_key_goes_into_the_header_and_nowhere_else(truth: Any) -> None:
     _, prompts = load(truth.url(), requests=1, streams=1, headers=headers)
     assert [entry["authorization"] for entry in truth.log() if entry["prompt"] == prompts[0]] == ["Bearer sk-1"]
     assert "sk-1" not in repr(Target("http://host", "/", headers))
+
+
+@pytest.mark.parametrize("kernel_stamps", [True, False])
+def test_what_has_come_lies_for_a_while_only_where_the_kernel_has_stamped_it(
+    truth: Any, plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, kernel_stamps: bool
+) -> None:
+    monkeypatch.setattr("llmopt.bench.client.loop._MANY", 1)
+    asked: list[int] = []
+    monkeypatch.setattr(Pace, "pause_ns", lambda pace, within_ns: asked.append(within_ns) or 1000)
+    found = drive(plan(truth.url("gap=2"), jobs=4, kernel_stamps=kernel_stamps), lambda exchange: exchange)
+    assert len(found.records) == 4
+    assert bool(asked) is (found.stamps == "kernel")
 
 
 def test_a_full_store_reads_answers_as_they_end(truth: Any, monkeypatch: pytest.MonkeyPatch) -> None:
