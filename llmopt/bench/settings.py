@@ -136,6 +136,7 @@ class BenchSettings:
                 f"`requests` of {self.requests} cannot keep {max(self.concurrency)} streams busy",
                 hint=f"give `requests: {4 * max(self.concurrency)}` or more, or fewer streams",
             )
+        self._check_that_they_apply()
         if self.in_process and (self.rate or self.sweep == "rate"):
             raise SettingsError("`in_process` runs a closed loop only", hint="give `concurrency`")
         for metric in self.gate_metrics:
@@ -145,6 +146,20 @@ class BenchSettings:
         slo.parse_all(self.slo)
         for header in self.headers:
             header_of(header)
+
+    def _check_that_they_apply(self) -> None:
+        """What would be passed over in silence is refused: whoever gives it expects it to matter."""
+        open_loop = bool(self.rate) or self.sweep == "rate"
+        trace = self.workload.file is not None and not self.concurrency and self.sweep is None
+        for name, given, applies, where in (
+            ("arrivals", self.arrivals != "poisson", open_loop, "an open loop: give `rate`"),
+            ("burstiness", self.burstiness != 1.0, self.arrivals == "gamma", "`arrivals: gamma`"),
+            ("in_flight", self.in_flight is not None, open_loop or trace, "an open loop: give `rate`, or a trace"),
+            ("speed", self.speed != 1.0, trace and not self.rate, "a trace that is replayed at its own times"),
+            ("max_rounds", self.max_rounds > self.rounds, self.gate, "`gate`, which measures on while it cannot tell"),
+        ):
+            if given and not applies:
+                raise SettingsError(f"`{name}` changes nothing here", hint=f"it is for {where}")
 
     def loads(self, *, timed: bool) -> tuple[LoadShape, ...]:
         """The levels, in order; `timed`: the workload says when it is sent, if nothing else does."""
