@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-judges model clean
+.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges model clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,dev]'
 	@touch $@
 
 demo: setup  ## quantize, compile and load-test the shipped model; prints one table
@@ -39,6 +39,12 @@ JUDGES := llmcompressor gptqmodel modelopt peft lm_eval
 
 bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again
 	$(BIN)/python -m pytest -q -s -m peers tests/bench/test_against_peers.py
+
+bench-client: setup .venv-guidellm/.ready .venv-aiperf/.ready  ## the load client beside the truth and other load testers
+	$(BIN)/python -m pytest -q -s -m "bench or peers" tests/bench/test_client.py
+
+bench-gate: setup  ## false alarms and power of the gate, simulated and on this machine
+	$(BIN)/python -m pytest -q -s -m bench tests/bench/test_gate.py
 
 bench-large: setup .venv-llmcompressor/.ready  ## the same on a model of 1B parameters (an hour of one core)
 	$(BIN)/python -m pytest -q -s -m peers tests/bench/test_large.py

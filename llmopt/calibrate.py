@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from llmopt import backends
 from llmopt.artifacts.outcome import Json, Outcome, Progress, silent
 from llmopt.errors import LlmoptError
 from llmopt.profiles.settings import to_json
@@ -265,7 +264,9 @@ class _Parquet:
     """The one column of a parquet file that is asked for."""
 
     def __init__(self, file: Path, field: str | None) -> None:
-        pyarrow, parquet = (backends.load(module, extra="data") for module in ("pyarrow", "pyarrow.parquet"))
+        import pyarrow
+        from pyarrow import parquet
+
         try:
             opened = parquet.ParquetFile(file)
             names = opened.schema_arrow.names

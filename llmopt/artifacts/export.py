@@ -15,15 +15,15 @@ _OPTION = "--out"
 _NEW_FOLDER = "name a folder that does not exist yet"
 
 
-def check_out(dest: Path) -> None:
+def check_out(dest: Path, *, anew: bool = False) -> None:
     """Refuse, before any work, a folder that an export could not make.
 
     It must be absent or empty, and some folder above it must be there to be written to. One that holds an exported
-    artifact passes, since the work may turn out to give that very artifact.
+    artifact passes, since the work may turn out to give that very artifact; not `anew`, when it never does.
     """
     dest = Path(os.path.realpath(dest))
     if _is_taken(dest):
-        if not (dest / MANIFEST_NAME).is_file():
+        if anew or not (dest / MANIFEST_NAME).is_file():
             raise _not_empty(dest)
         read_manifest(dest / MANIFEST_NAME, hint=_NEW_FOLDER)
         return

@@ -1,8 +1,8 @@
-"""The order of a bench: for each round, for each subject, for each concurrency: warm up, load, check, record.
+"""The order of a bench: for each round, for each subject, for each level: warm up, load, check, record.
 
 Subjects are loaded one at a time: an engine's server runs only while it is measured, so none takes memory or cores from
-another, and a round sees a fresh one. Prompts are the same for all subjects of a round, and new in each round, for a
-server at a URL may still have those of the last round in its prefix cache.
+another, and a round sees a fresh one. What is asked is the same for all subjects of a round, and new in each round, for
+a server at a URL may still have the prompts of the last round in its prefix cache.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Json, Outcome, Progress
-from llmopt.bench import preflight
-from llmopt.bench.client.base import Exchange, Load, Target
-from llmopt.bench.client.loop import closed_loop
-from llmopt.bench.endpoints import ENDPOINTS, Endpoint, body
-from llmopt.bench.metrics import figures as metrics
-from llmopt.bench.metrics import validity
-from llmopt.bench.metrics.figures import Level
-from llmopt.bench.metrics.records import Record, read
-from llmopt.bench.report import files as report
-from llmopt.bench.serving import Server, last_lines, serving
-from llmopt.bench.settings import BenchSettings, Subject
-from llmopt.bench.workload.prompts import Prompts
+from llmopt.bench import level, preflight
+from llmopt.bench.level import Loader, PartialLevel, Served
+from llmopt.bench.report import folder
+from llmopt.bench.report.environment import environment
+from llmopt.bench.serving import last_lines, serving
+from llmopt.bench.settings import BenchSettings, LoadShape, Subject
+from llmopt.bench.workload.source import Source, open_source
 from llmopt.errors import LlmoptError, MeasurementInvalidError
+from llmopt.profiles.settings import to_json
 
-_POOL = 512  # distinct prompts of a load that ends by time
+if TYPE_CHECKING:
+    from llmopt.bench.gate.verdict import Judgement
+    from llmopt.bench.metrics.figures import Level
+    from llmopt.bench.metrics.records import Record
+    from llmopt.bench.report.requests import Requests
+    from llmopt.bench.sweep import Sweep
 
 
 def run(
@@ -37,250 +39,285 @@ def run(
     out: Path,
     progress: Progress,
     command: Callable[[Path], Sequence[str]],
+    baseline: Path | None = None,
 ) -> Outcome:
     """See `llmopt.bench.measure`."""
-    preflight.check(subjects, settings)
-    bench = _Bench(subjects, settings, out, progress, command)
-    report.prepare(out)
-    environment = report.environment()
+    preflight.check(subjects, settings, baseline)
+    bench = _Bench(subjects=subjects, settings=settings, out=out, progress=progress, command=command, baseline=baseline)
     try:
         bench.measure()
+    except PartialLevel as partial:
+        bench.add(partial.level)
+        bench.write(invalid="interrupted")
+        raise KeyboardInterrupt from None
     except KeyboardInterrupt:
-        bench.write(environment, invalid="interrupted")
+        bench.write(invalid="interrupted")
         raise
     except LlmoptError as error:
-        bench.write(environment, invalid=error.message)
+        bench.write(invalid=error.message)
         raise
-    bench.write(environment, invalid=None)
-    return bench.outcome()
+    return bench.write(invalid=None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a level sends, to every subject alike."""
-
-    streams: int
-    warmup: list[str]
-    prompts: list[str]
-    repeat: bool
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Bench:
     subjects: Mapping[str, Subject]
     settings: BenchSettings
     out: Path
     progress: Progress
     command: Callable[[Path], Sequence[str]]
+    baseline: Path | None  # a stored report
+    loader: Loader = field(init=False)
+    environment: dict[str, Json] = field(init=False)
+    requests: Requests | None = None  # with the first level: numpy and pyarrow would hold up the first request
     levels: list[Level] = field(default_factory=list)
     models: dict[str, str] = field(default_factory=dict)
-    key: str | None = field(default_factory=preflight.api_key, repr=False)
-    exact_prompts: bool = False
+    judgement: Judgement | None = None
+    sweep: Sweep | None = None
+    notes: list[str] = field(default_factory=list)
+    asked: dict[int, int | None] = field(default_factory=dict)  # tokens of each prompt, as the server should count them
+    total: int | None = None  # levels in all, as far as can be known
 
-    @property
-    def endpoint(self) -> Endpoint:
-        return ENDPOINTS[self.settings.endpoint]
+    def __post_init__(self) -> None:
+        folder.prepare(self.out)
+        self.environment = environment()
+        headers = preflight.headers_of(self.settings)
+        self.loader = Loader(self.settings, self.progress, headers, preflight.secrets_of(headers))
 
     def measure(self) -> None:
         for subject in self.subjects.values():
-            if subject.url is not None:
-                self.models[subject.name] = preflight.probe(subject.url, self.key, self.settings.model)
-        source = self._prompt_source()
-        rng = random.Random(self.settings.seed)
-        for number in range(self.settings.rounds):
-            work = [self._work(streams, source) for streams in self.settings.concurrency]
-            order = list(self.subjects.values())
-            rng.shuffle(order)
-            for subject in order:
-                self._measure_subject(subject, number, work)
+            for url in subject.urls:
+                self.models[subject.name] = preflight.probe(url, self.loader.headers, self.settings)
+        source = self._open_source()
+        if self.settings.sweep is not None:
+            self._sweep(source)
+        else:
+            self._measure_rounds(source)
 
-    def write(self, environment: Mapping[str, Json], *, invalid: str | None) -> None:
-        results = self.results()
-        report.write(
-            self.out,
-            settings=self.settings,
-            subjects=self.subjects,
-            models=self.models,
-            environment=environment,
-            results=results,
-            ratios=_ratios(results),
-            notes=self.notes(),
-            invalid=invalid,
-        )
+    def write(self, *, invalid: str | None) -> Outcome:
+        """All files of the report, from whatever has been measured."""
+        from llmopt.bench import findings
+        from llmopt.bench.metrics.figures import CONVENTIONS, compact
+        from llmopt.bench.report import files, words
 
-    def outcome(self) -> Outcome:
-        results = self.results()
-        figures: dict[str, Json] = {
-            name: {at: metrics.compact(summary) for at, summary in levels.items()} for name, levels in results.items()
+        levels = self.levels if self.settings.sweep is None else sorted(self.levels, key=_size)
+        found = findings.results(levels, self.settings)
+        notes = [*self.notes, *self.loader.notes, *findings.notes(levels, self._asked)]
+        if len(self.subjects) > 1 or self.baseline is not None:
+            notes += findings.thin(self.levels, self.settings)
+        report: dict[str, Json] = {
+            "schema": folder.SCHEMA,
+            "valid": invalid is None,
+            "invalid_because": invalid,
+            "settings": to_json(self.settings),
+            "subjects": {subject.name: self._about(subject) for subject in self.subjects.values()},
+            "results": {name: dict(at) for name, at in found.items()},
+            "ratio": findings.ratios(found),
+            "gate": None,
+            "sweep": None if self.sweep is None else self.sweep.to_json(),
+            "notes": [*notes],
+            "environment": self.environment,
+            "conventions": dict(CONVENTIONS),
         }
-        if ratios := _ratios(results):
-            figures["ratio"] = ratios
-        return Outcome(metrics=figures, events=tuple(self.notes()))
+        judgement, problem = self.judgement, None
+        if self.baseline is not None and invalid is None:
+            try:
+                judgement = findings.against_report(report, self.baseline, self.settings)
+            except LlmoptError as error:  # what was measured is written down all the same
+                problem = error
+        gate: dict[str, Json] | None = None
+        if invalid is None:
+            gate = findings.gate(
+                found,
+                self.settings,
+                judgement,
+                self._held(),
+                baseline=None if judgement is None else self.baseline,
+                none_meets=self._none_meets,
+            )
+        report["gate"] = gate
+        if self.requests is not None:
+            self.requests.close()
+        files.write(self.out, report)
+        if problem is not None:
+            raise problem
+        figures: dict[str, Json] = {
+            name: {at: compact(summary) for at, summary in levels.items()} for name, levels in found.items()
+        }
+        figures |= {key: report[key] for key in ("ratio", "sweep") if report[key]}
+        if gate is not None:
+            figures["gate"] = {key: gate[key] for key in ("verdict", "reason") if key in gate}
+        return Outcome(metrics=figures, events=tuple(words.notes(report)))
 
-    def _prompt_source(self) -> Prompts:
+    def _held(self) -> list[str] | None:
+        """The levels that the thresholds are for: of a sweep, the largest load that meets them, else the smallest."""
+        if self.sweep is None:
+            return None
+        best, settings = self.sweep.best, self.settings
+        load = min(point.load for point in self.sweep.points) if best is None else best
+        return [(settings.at_rate(load) if self.sweep.kind == "rate" else settings.at_streams(round(load))).label]
+
+    @property
+    def _none_meets(self) -> bool:
+        """Whether a sweep has searched in vain."""
+        return self.sweep is not None and self.sweep.best is None
+
+    def _open_source(self) -> Source:
         owner = next((s for s in self.subjects.values() if s.tokenizer_file is not None), None)
-        source = Prompts(
+        source = open_source(
+            self.settings.workload,
             owner.tokenizer_file if owner else None,
-            tokens=self.settings.prompt_tokens,
-            seed=self.settings.seed,
-            special=not self.endpoint.templated,
+            self.settings.seed,
+            templated=self.loader.endpoint.templated,
         )
-        self.exact_prompts = source.exact and not self.endpoint.templated
-        by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
-        self.progress(f"prompts of {self.settings.prompt_tokens} tokens {by}")
+        self.notes += source.notes
+        if not (owner is None and source.exact):  # texts of a file are as long as they are
+            by = f"by the tokenizer of `{owner.name}`" if owner else "by their characters, as there is no tokenizer"
+            self.progress(f"prompts are made to length {by}")
         return source
 
-    def _work(self, streams: int, source: Prompts) -> _Work:
-        requests = self.settings.requests_at(streams)
-        return _Work(
-            streams=streams,
-            warmup=source.take(self.settings.warmup),
-            prompts=source.take(_POOL if requests is None else requests),
-            repeat=requests is None,
-        )
+    def _measure_rounds(self, source: Source) -> None:
+        loads = self.settings.loads(timed=source.timed)
+        order, number = random.Random(self.settings.seed), 0
+        for look, rounds in enumerate(self.settings.looks):
+            self.total = rounds * len(self.subjects) * len(loads)
+            while number < rounds:
+                self._round(source, loads, order, number)
+                number += 1
+            if len(self.subjects) < 2:
+                return
+            from llmopt.bench import findings
+            from llmopt.bench.gate.verdict import LEAST_ROUNDS
 
-    def _measure_subject(self, subject: Subject, number: int, work: Sequence[_Work]) -> None:
-        with self._server(subject) as (url, server):
-            target = self._target(subject, url)
-            for item in work:
-                self._warm_up(subject, target, server, item)
-                load = self._load(subject, target, item.prompts, item.streams, item)
-                level = Level(
-                    subject=subject.name,
-                    streams=item.streams,
-                    round=number,
-                    records=tuple(load.records),
-                    wall_s=load.wall_s,
-                    cpu_s=load.cpu_s,
-                    lags_ms=tuple(load.lags_ms),
-                    reconnects=load.reconnects,
-                )
-                self._keep(level, server)
+            if not self.settings.gate and rounds < LEAST_ROUNDS:
+                return  # the ratios are told, and nothing is made of them
+            self.judgement = findings.judge(self.levels, self.settings, look)
+            if self.judgement.verdict != "inconclusive":
+                return
+
+    def _asked(self, record: Record) -> int | None:
+        return self.asked.get(record.prompt) if record.turn == 0 else None
+
+    def _prepare(self, load: LoadShape, source: Source, number: int) -> level.Work:
+        work = level.prepare(self.settings, load, source, self.settings.seed + number)
+        if source.exact and not self.loader.endpoint.templated:
+            self.asked |= {each.number: each.turns[0].prompt_tokens for each in work.measured}
+        return work
+
+    def _round(self, source: Source, loads: Sequence[LoadShape], order: random.Random, number: int) -> None:
+        works = [self._prepare(load, source, number) for load in loads]
+        subjects = list(self.subjects.values())
+        order.shuffle(subjects)
+        for subject in subjects:
+            with self._serve(subject) as served:
+                for work in works:
+                    self.loader.warm_up(served, work)
+                    self._keep(served, work, self.loader.measure(served, work, number))
+
+    def _sweep(self, source: Source) -> None:
+        """Loads of the one subject, each chosen by what those before it have shown."""
+        from llmopt.bench import findings
+        from llmopt.bench.gate import slo
+        from llmopt.bench.metrics import validity
+        from llmopt.bench.metrics.figures import compact
+        from llmopt.bench.sweep import Kind, Measured, sweep
+
+        settings = self.settings
+        (subject,) = self.subjects.values()
+        with self._serve(subject) as served:
+
+            def measure(size: float) -> Measured:
+                shape = settings.at_rate(size) if settings.sweep == "rate" else settings.at_streams(round(size))
+                work = self._prepare(shape, source, len(self.levels))
+                self.loader.warm_up(served, work)
+                found = self.loader.measure(served, work, len(self.levels))
+                self.add(found)
+                figures = compact(findings.summarised([found], settings))
+                meets = not slo.broken(settings.slos, figures) if settings.slos else None
+                return Measured(figures=figures, valid=validity.invalid(found) is None, meets=meets)
+
+            kind: Kind = "rate" if settings.sweep == "rate" else "streams"
+            self.sweep = sweep(measure, kind=kind)
 
     @contextmanager
-    def _server(self, subject: Subject) -> Iterator[tuple[str, Server | None]]:
-        if subject.url is not None:
-            yield subject.url, None
+    def _serve(self, subject: Subject) -> Iterator[Served]:
+        if subject.urls:
+            yield Served(subject=subject, model=self.models[subject.name], urls=subject.urls)
             return
         if subject.engine is None:
             raise LlmoptError(f"`{subject.name}` is neither a URL nor an engine", hint="give one of them")
+        if self.settings.in_process:
+            from llmopt.bench.direct import running
+
+            self.models[subject.name] = subject.engine.name
+            with running(subject.name, subject.engine, self.out / f"engine-{subject.name}.log") as direct:
+                yield Served(subject=subject, model=subject.engine.name, urls=(), direct=direct)
+            return
         self.progress(f"{subject.name}: starting its server")
         log = self.out / f"server-{subject.name}.log"
         with serving(subject.name, subject.engine, log, self.command) as server:
-            self.models[subject.name] = preflight.probe(server.url, None, None)
-            yield server.url, server
+            self.models[subject.name] = preflight.probe(server.url, (), self.settings)
+            yield Served(subject=subject, model=self.models[subject.name], urls=(server.url,), server=server)
 
-    def _target(self, subject: Subject, url: str) -> Target:
-        headers = (("authorization", f"Bearer {self.key}"),) if self.key and subject.url is not None else ()
-        return Target(preflight.base_url(url), self.endpoint.path, headers)
-
-    def _warm_up(self, subject: Subject, target: Target, server: Server | None, work: _Work) -> None:
-        """Raises an error that says what the server has against the requests, if it answers none."""
-        if not work.warmup:
-            return
-        load = self._load(subject, target, work.warmup, min(work.streams, len(work.warmup)), None)
-        if any(record.failure is None for record in load.records):
-            return
-        if server is not None:
-            server.check_alive(1.0)
-        first, model = load.records[0], self.models[subject.name]
-        if first.status in (401, 403):
-            raise preflight.refused_key(target.url, first.status, self.key)
-        hint = {
-            404: f"does it offer `{target.path}` and the model `{model}`? see `--endpoint` and `--model`",
-            400: "lower `--prompt-tokens` or `--output-tokens` if they are more than the model's context",
-        }.get(first.status, last_lines(server.log) if server is not None else "send it one request by hand")
-        raise LlmoptError(f"`{subject.name}` answers no request: {validity.describe(load.records)}", hint=hint)
-
-    def _load(
-        self, subject: Subject, target: Target, prompts: Sequence[str], streams: int, timed: _Work | None
-    ) -> Load[Record]:
-        model = self.models[subject.name]
-        bodies = [
-            body(self.endpoint, model=model, prompt=prompt, output_tokens=self.settings.output_tokens)
-            for prompt in prompts
-        ]
-        return closed_loop(
-            target,
-            bodies,
-            self._read,
-            streams=streams,
-            timeout_s=self.settings.timeout_s,
-            duration_s=self.settings.duration_s if timed else None,
-            repeat=timed.repeat if timed else False,
-        )
-
-    def _read(self, exchange: Exchange) -> Record:
-        record = read(exchange, self.endpoint)
-        if record.failure is None:
-            return record
-        detail = preflight.redacted(record.failure.detail, self.key)
-        return replace(record, failure=replace(record.failure, detail=detail))
-
-    def _keep(self, level: Level, server: Server | None) -> None:
+    def _keep(self, served: Served, work: level.Work, measured: Level) -> None:
         """Write the level down; raises MeasurementInvalidError if it is not valid."""
-        self.levels.append(level)
-        report.append_requests(self.out, level)
-        self.progress(
-            f"{level.subject} c{level.streams}: {_line(level)}",
-            stage="bench",
-            done=len(self.levels),
-            total=self.settings.rounds * len(self.subjects) * len(self.settings.concurrency),
-            seconds=round(level.wall_s, 3),
-            subject=level.subject,
-            streams=level.streams,
-            round=level.round,
-        )
-        failed = any(record.failure is not None for record in level.records)
+        from llmopt.bench.metrics import validity
+
+        self.add(measured)
+        begun = [record.prompt for record in measured.records if record.turn == 0]
+        if len(set(begun)) < len(begun):
+            self.notes.append(
+                f"`{measured.subject}` {measured.load.label}: prompts came again after {len(set(begun))} requests; "
+                "a cache may have helped"
+            )
+        server = served.server
+        failed = any(record.failure is not None for record in measured.records)
         if server is not None:
             server.check_alive(1.0 if failed else 0.0)
-        if reason := validity.invalid(level):
-            hint = last_lines(server.log) if server is not None else "see to the cause and measure again"
+        if reason := validity.invalid(measured):
+            hint = last_lines(server.log) if server is not None else validity.hint(measured)
             raise MeasurementInvalidError(reason, hint=hint)
 
-    def results(self) -> dict[str, dict[str, dict[str, Json]]]:
-        """subject -> "c4" -> its figures over all rounds, with those of each round when there are several."""
-        found: dict[str, dict[str, dict[str, Json]]] = {}
-        for (name, streams), levels in self._grouped().items():
-            summary = metrics.summarise(levels)
-            if len(levels) > 1:
-                summary["rounds"] = [
-                    {"round": level.round, **metrics.compact(metrics.summarise([level]))} for level in levels
-                ]
-            found.setdefault(name, {})[f"c{streams}"] = summary
-        return found
+    def add(self, measured: Level) -> None:
+        """Write the requests of a level down, and say what came of it."""
+        from llmopt.bench.report.requests import Requests
 
-    def notes(self) -> list[str]:
-        found = []
-        for (name, streams), levels in self._grouped().items():
-            found += validity.notes(levels, self.settings, exact_prompts=self.exact_prompts)
-            if self.settings.requests_at(streams) is None and any(len(level.records) > _POOL for level in levels):
-                found.append(f"`{name}` c{streams}: prompts came again after {_POOL} requests; a cache may have helped")
-        return found
+        if self.requests is None:
+            self.requests = Requests(self.out)
+        self.levels.append(measured)
+        self.requests.append(measured)
+        self._say(measured)
 
-    def _grouped(self) -> dict[tuple[str, int], list[Level]]:
-        groups: dict[tuple[str, int], list[Level]] = {}
-        for subject in self.subjects.values():
-            for level in self.levels:
-                if level.subject == subject.name:
-                    groups.setdefault((level.subject, level.streams), []).append(level)
-        return groups
+    def _say(self, measured: Level) -> None:
+        from llmopt.bench import findings
+        from llmopt.bench.metrics.figures import compact
+        from llmopt.bench.report.words import number
+
+        figures = compact(findings.summarised([measured], self.settings))
+        told = {name: number(figures.get(name)) for name in ("ttft_ms_p50", "itl_ms_p50", "tokens_per_s")}
+        self.progress(
+            f"{measured.subject} {measured.load.label}: {figures['requests']} requests, {figures['errors']} errors, "
+            f"TTFT {told['ttft_ms_p50']} ms, ITL {told['itl_ms_p50']} ms, {told['tokens_per_s']} tokens/s",
+            stage="bench",
+            done=len(self.levels),
+            **({} if self.total is None else {"total": self.total}),
+            seconds=round(measured.wall_s, 3),
+            subject=measured.subject,
+            load=measured.load.label,
+            round=measured.round,
+        )
+
+    def _about(self, subject: Subject) -> dict[str, Json]:
+        about: dict[str, Json] = {"model": self.models.get(subject.name), "lineage": [dict(x) for x in subject.lineage]}
+        if subject.url is not None:
+            about["url"] = subject.url
+        if subject.engine is not None:
+            about["engine"] = subject.engine.name
+        if subject.artifact is not None:
+            about["artifact"] = subject.artifact
+        return about
 
 
-def _ratios(results: Mapping[str, Mapping[str, Mapping[str, Json]]]) -> dict[str, Json]:
-    """ "c4" -> candidate over baseline, where both were measured."""
-    candidate, baseline = results.get("candidate", {}), results.get("baseline", {})
-    return {
-        at: metrics.ratios(metrics.compact(candidate[at]), metrics.compact(baseline[at]))
-        for at in candidate
-        if at in baseline
-    }
-
-
-def _line(level: Level) -> str:
-    figures = metrics.compact(metrics.summarise([level]))
-    ttft, itl = figures.get("ttft_ms_p50"), figures.get("itl_ms_p50")
-    return (
-        f"{figures['requests']} requests, {figures['errors']} errors, TTFT {ttft} ms, "
-        f"ITL {itl} ms, {figures['tokens_per_s']} tokens/s"
-    )
+def _size(level: Level) -> float:
+    """How much was asked of the client."""
+    return level.load.streams or level.load.rate or 0.0

@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 import llmopt
-from llmopt.cli import bench, console, doctor, evaluate, profiles, quantize, run, serve, store
+from llmopt.cli import bench, bench_tools, console, doctor, evaluate, profiles, quantize, run, serve, store
 from llmopt.cli import compile as compile_command
 from llmopt.cli import options as opt
 from llmopt.errors import Exit, LlmoptError, SettingsError, nearest
@@ -33,6 +33,13 @@ app.command("quantize", short_help="Quantize a checkpoint.")(quantize.quantize)
 app.command("compile", short_help="Compile a model into an engine.")(compile_command.compile_)
 app.command("eval", short_help="Measure perplexity and KL divergence.")(evaluate.evaluate)
 app.command("bench", short_help="Load-test an engine or a server.")(bench.bench)
+for _name, (_function, _help) in bench_tools.TOOLS.items():
+    # A subcommand of a command that takes an argument itself: `main` joins the two words.
+    app.command(
+        f"bench {_name}",
+        short_help=_help,
+        context_settings={"auto_envvar_prefix": f"LLMOPT_BENCH_{_name.upper()}"},
+    )(_function)
 app.command("serve", short_help="Serve an engine, OpenAI-compatible.")(serve.serve)
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
 app.add_typer(store.app)
@@ -81,6 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _invoke(args: list[str]) -> int:
     """Not `app()`: that would print errors and take Ctrl-C and a closed pipe to itself."""
     command = get_command(app)
+    commands = getattr(command, "commands", {})
+    if " ".join(args[:2]) in commands:
+        args = [" ".join(args[:2]), *args[2:]]
     try:
         with command.make_context("llmopt", args) as context:
             code = command.invoke(context)
@@ -88,7 +98,10 @@ def _invoke(args: list[str]) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except typer.TyperException as error:
-        raise _usage_error(error) from None
+        usage = _usage_error(error)
+        if len(args) > 1 and args[0] == "bench" and (slip := bench_tools.slip(args[1])) is not None:
+            usage.hint = slip
+        raise usage from None
 
 
 def _usage_error(error: typer.TyperException) -> SettingsError:

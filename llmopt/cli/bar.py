@@ -1,4 +1,4 @@
-"""The progress bar: a stage's steps, the time left, memory, and the worst linear of the last block.
+"""The progress bar: a stage's steps, the time left, memory, and the worst linear of the last block or the load now.
 
 Imported only when there is a terminal and something to count, since it loads rich.
 """
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.outcome import Json
+from llmopt.cli.live import LoadView, clock
 
 _BAR_COLUMNS = 24
 
@@ -31,11 +32,13 @@ class Bar:
             self, console=self._console, refresh_per_second=2, redirect_stdout=False, vertical_overflow="crop"
         )
         self._facts: dict[str, Json] = {}
+        self._load: LoadView | None = None
         self._started = self._updated = 0.0
         self._live.start()
 
     def update(self, facts: Mapping[str, Json]) -> None:
         """Another step is done. A new stage begins a new bar, below what the last one came to."""
+        self._load = None
         now = time.monotonic()
         if facts.get("stage") != self._facts.get("stage"):
             if self._facts:
@@ -44,11 +47,18 @@ class Bar:
         self._facts, self._updated = dict(facts), now
         self._live.refresh()
 
+    def watch(self, facts: Mapping[str, Json]) -> None:
+        """A load is so far; it is shown until the next step."""
+        self._load = self._load or LoadView()
+        self._load.update(facts)
+        self._live.refresh()
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         self._live.console.print(Text(line), soft_wrap=True)
 
     def close(self) -> None:
+        self._load = None
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -56,6 +66,8 @@ class Bar:
             yield self._counts()
             if (worst := self._worst()) is not None:
                 yield worst
+        if self._load is not None:
+            yield self._load
 
     def _counts(self) -> Table:
         facts, done, total = self._facts, _number(self._facts.get("done")), _number(self._facts.get("total"))
@@ -74,8 +86,8 @@ class Bar:
     def _time(self, done: float, total: float) -> str:
         eta_s = self._facts.get("eta_s")
         if done >= total:
-            return f"took {_clock(self._updated - self._started)}"
-        return "" if eta_s is None else f"{_clock(_number(eta_s) - (time.monotonic() - self._updated))} left"
+            return f"took {clock(self._updated - self._started)}"
+        return "" if eta_s is None else f"{clock(_number(eta_s) - (time.monotonic() - self._updated))} left"
 
     def _worst(self) -> Text | None:
         """Of the last block: the linear whose outputs are furthest off."""
@@ -93,13 +105,6 @@ def _memory(facts: Mapping[str, Json]) -> str:
     now, peak = facts.get("rss_bytes"), facts.get("peak_rss_bytes")
     parts = [byte_size(int(_number(now)))] if now is not None else []
     return ", ".join(parts + ([f"peak {byte_size(int(_number(peak)))}"] if peak is not None else []))
-
-
-def _clock(seconds: float) -> str:
-    """`0:05`, `12:34` or `1:02:03`."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def _number(value: Json) -> float:

@@ -53,13 +53,16 @@ class Console:
         self._bar: Bar | None = None
 
     def progress(self, line: str, /, **facts: Json) -> None:
-        """See `llmopt.artifacts.outcome.Progress`. On a terminal what counts steps becomes a bar."""
+        """See `llmopt.artifacts.outcome.Progress`. On a terminal what counts steps becomes a bar; a load is seen."""
         if self.quiet and not self.as_lines:
             return
         facts = self._with_eta(facts)
         if self.as_lines:
             time_s = round(time.monotonic() - self._start, 3)
             self._print_json({"event": "progress", "line": line, "time_s": time_s} | facts)
+        elif facts.get("stage") == "load":  # twice a second: to be watched, not to be read in a log
+            if _is_terminal():
+                self._drawn().watch(facts)
         elif self._on_bar(facts) and not self.verbose:
             return
         else:
@@ -111,12 +114,15 @@ class Console:
         """Show a step on the bar; whether it is a block's, of which the bar says all that its line would."""
         if "total" not in facts or not _is_terminal():
             return False
+        self._drawn().update(facts)
+        return "block" in facts
+
+    def _drawn(self) -> Bar:
         if self._bar is None:
             from llmopt.cli.bar import Bar
 
             self._bar = Bar()
-        self._bar.update(facts)
-        return "block" in facts
+        return self._bar
 
     def _say(self, line: str) -> None:
         stamp = f"[{time.monotonic() - self._start:7.1f} s] " if self.verbose else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,39 +19,50 @@ if TYPE_CHECKING:
 class Delivery:
     """Made before the work, so that a folder or a name that cannot be used is found before it and not after."""
 
-    def __init__(self, session: Session, *, out: str | None, name: str | None) -> None:
+    def __init__(self, session: Session, *, out: str | None, name: str | None, anew: bool = False) -> None:
+        """`anew`: the work gives a new artifact each time, as a measurement does."""
         self._session, self._name = session, name
         self._out = None if out is None else Path(out)
         if self._out is not None:
-            check_out(self._out)
+            check_out(self._out, anew=anew)
         if name is not None:
             session.store.check_name(name)
 
-    def deliver(self, result: StageResult) -> None:
-        """Name and copy the artifact as asked, then print the result."""
+    def deliver(self, result: StageResult, figures: str | None = None, more: Mapping[str, Json] | None = None) -> None:
+        """Name and copy the artifact as asked, then print the result.
+
+        `figures` is the text for its metrics, if given; `more` is put beside the result for `--json`.
+        """
         store = self._session.store
         if self._name is not None:
             store.set_name(self._name, result.artifact)
         if self._out is not None:
             store.export(result.artifact, self._out)
-        self._session.console.result("\n".join(_lines(result, self._name)), result.to_json())
+        self._session.console.result(
+            "\n".join(_lines(result, self._name, figures)), {**result.to_json(), **(more or {})}
+        )
 
     def keep(self, staged: Path) -> None:
-        """What a measurement that ended early has written goes to `--out` if that was given."""
-        if self._out is not None:
-            keep_report(staged, self._out, self._session.console.progress)
+        """What a measurement that ended early has written goes to `--out`, or into a temporary folder."""
+        keep_report(staged, self._out, self._session.console.progress)
 
 
-def keep_report(staged: Path, out: Path, progress: Progress) -> None:
+def keep_report(staged: Path, out: Path | None, progress: Progress) -> None:
     """Copy what there is of a report, as it is no artifact without a manifest. Raises nothing: an error is on its way.
 
-    A folder with something in it, an artifact that was exported before, is left as it is.
+    A folder with something in it, an artifact that was exported before, is left as it is. Without `out`, measurements
+    go into a temporary folder, since they cannot be had again.
     """
     import shutil
+    import tempfile
 
     try:
         if not any(staged.iterdir()):
             return
+        if out is None:
+            if not (staged / "requests.parquet").is_file():
+                return
+            out = Path(tempfile.mkdtemp(prefix="llmopt-bench-"))
         if out.exists() and any(out.iterdir()):
             progress(f"the unfinished report is not kept: `{out}` is not empty")
             return
@@ -62,13 +73,16 @@ def keep_report(staged: Path, out: Path, progress: Progress) -> None:
         progress(f"the unfinished report is in `{out}`")
 
 
-def _lines(result: StageResult, name: str | None) -> Iterator[str]:
+def _lines(result: StageResult, name: str | None, figures: str | None) -> Iterator[str]:
     """What a stage came to, for people."""
     took = "cached" if result.cached else f"{result.seconds:.1f} s"
     yield f"artifact  {result.artifact}" + (f" ({name})" if name else "")
     yield f"kind      {result.kind}, {result.status}, {byte_size(result.bytes)}, {took}"
     yield f"path      {result.path}"
     shown: frozenset[str] = frozenset()
+    if figures is not None:
+        shown = frozenset(result.metrics)
+        yield from ("", figures, "")
     if result.kind == "quantized-model" and (table := summary.quantized(result.metrics)):
         shown = summary.QUANTIZED
         yield from ("", table, "")

@@ -86,6 +86,14 @@ def integers(flag: str, text: str | None) -> list[int] | None:
         ) from None
 
 
+def numbers(flag: str, text: str | None) -> list[float] | None:
+    """`2,8.5`, the value of `flag`, as a list."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"`{flag} {text}` is not a list of numbers", hint=f"for example `{flag} 2,8.5`") from None
+
+
 def byte_size(flag: str, text: str | None) -> int | None:
     """`8GiB` or `500MB`, the value of `flag`, in bytes; a bare number counts bytes."""
     if text is None:

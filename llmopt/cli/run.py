@@ -44,8 +44,7 @@ def run(
         check_out(folder)
 
     def keep(step: str, staged: Path) -> None:
-        if step in folders:
-            keep_report(staged, folders[step], session.console.progress)
+        keep_report(staged, folders.get(step), session.console.progress)
 
     result = plan.run(session.store, wanted, session.console.progress, dry_run=dry_run, why=explain, keep=keep)
     for step in result.steps:

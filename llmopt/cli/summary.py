@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmopt.artifacts.disk import byte_size
+from llmopt.cli import verdict
 from llmopt.cli.tables import table
 from llmopt.errors import Exit
 from llmopt.pipeline.plan import Run, Step
@@ -68,8 +69,9 @@ def value(run: Run) -> dict[str, Any]:
 
 
 def exit_code(run: Run) -> int:
+    """What was only prepared goes before what a gate says."""
     prepared = any(step.result is not None and step.result.status == "prepared" for step in run.steps)
-    return int(Exit.BACKEND_MISSING if prepared else Exit.OK)
+    return int(Exit.BACKEND_MISSING) if prepared else verdict.exit_code(run.metrics("bench"))
 
 
 def _artifacts(steps: Sequence[Step]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +115,30 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
 
 def subject(store: Store, reference: str) -> Input | str:
     """What a bench loads: the URL of a server as it is, anything else resolved."""
-    return reference if reference.startswith(("http://", "https://")) else resolve(store, reference)
+    if reference.startswith(("http://", "https://")):
+        return reference
+    if not Path(reference).is_dir() and ("/" in reference or store.resolve(reference) is None):
+        raise _no_subject(store, reference)
+    return resolve(store, reference)
+
+
+def report(store: Store, reference: str | None) -> Input | None:
+    """A stored report: an artifact, a folder with `report.json`, or that file itself. None for none."""
+    if reference is None:
+        return None
+    path = Path(reference)
+    if path.is_file() or (path / "report.json").is_file():
+        file = path if path.is_file() else path / "report.json"
+        return _input(describe(file, "report"), file, path.name)
+    hint = "give what `llmopt bench` or `llmopt bench import` made: its id or name in the store, or its folder"
+    if reference.startswith(("http://", "https://")):
+        raise SettingsError(f"`{reference}` is a server, not a report", hint="load it too: `--against`")
+    if not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
+        raise LlmoptError(f"no report at `{reference}`", hint=hint)
+    found = resolve(store, reference)
+    if found.kind != "report":
+        raise SettingsError(f"`{reference}` is {_KINDS.get(found.kind, found.kind)}, not a report", hint=hint)
+    return found
 
 
 def product(result: StageResult) -> Input:
@@ -128,7 +152,9 @@ def text(file: str | Path, *, kind: str = "text") -> Input:
     """A text, or a file of rows, to calibrate on or to evaluate with."""
     path = Path(file)
     if not path.is_file():
-        raise LlmoptError(f"no text file at `{path}`", hint="give a file of plain UTF-8 text")
+        hints = {"results": "give the result file of `vllm bench serve`, guidellm or aiperf"}
+        what = {"results": "result file", "workload": "workload file"}.get(kind, "text file")
+        raise LlmoptError(f"no {what} at `{path}`", hint=hints.get(kind, "give a file of plain UTF-8 text"))
     return _input(describe(path, kind), path, path.name, files=(path,))
 
 
@@ -181,6 +207,14 @@ def _input(
     return Input(
         id=manifest.id, path=path, kind=manifest.kind, bytes=manifest.size, label=label, source=source, files=files
     )
+
+
+def _no_subject(store: Store, reference: str) -> LlmoptError:
+    hint = "give an engine that `llmopt compile` made (folder, id or name), or a server as `http://127.0.0.1:8000`"
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", reference):
+        return SettingsError(f"`{reference}` has no scheme", hint=f"write it as `http://{reference}`")
+    close = nearest(reference, store.names())
+    return LlmoptError(f"no engine `{reference}`", hint=close if close.startswith("did") else hint)
 
 
 def _not_found(store: Store, reference: str) -> LlmoptError:

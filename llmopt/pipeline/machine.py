@@ -43,7 +43,7 @@ def cores() -> int:
 
 
 def cpu_model() -> str:
-    return cpu_info().get("model name", platform.processor() or platform.machine())
+    return cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
 def architecture() -> dict[str, str]:

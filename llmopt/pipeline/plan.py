@@ -135,7 +135,12 @@ def run(
     if "bench" in steps:
         chain.step(
             "bench",
-            lambda *loads: stages.bench(dict(zip(engines, loads, strict=True)), sections["bench"]),
+            lambda *loads: stages.bench(
+                dict(zip(engines, loads, strict=True)),
+                sections["bench"],
+                baseline=inputs.report(store, sections["bench"].get("baseline")),
+                store=store,
+            ),
             *engines.values(),
         )
     return Run(pipeline=pipeline.name, model_bytes=source.bytes, steps=chain.steps)

@@ -7,7 +7,7 @@ has no result for that key. So a misspelt setting is always an error, and a hit 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ REFERENCES: Mapping[str, tuple[str, ...]] = {
     "quantize": ("calib", "calib_field", "adapter"),
     "compile": (),
     "eval": ("text", "tasks_path"),
-    "bench": ("against",),
+    "bench": ("against", "baseline"),
 }
 #: The serving stack's versions: they are in a measurement as the cores are.
 _SERVING = ("openvino", "openvino-genai", "uvicorn")
@@ -264,14 +264,23 @@ def evaluate(model: Input, base: Input | None, settings: Mapping[str, Any]) -> S
     )
 
 
-def bench(subjects: Mapping[str, Input | str], settings: Mapping[str, Any], *, tokenizer: Input | None = None) -> Stage:
+def bench(
+    subjects: Mapping[str, Input | str],
+    settings: Mapping[str, Any],
+    *,
+    tokenizer: Input | None = None,
+    baseline: Input | None = None,
+    store: Store | None = None,
+) -> Stage:
     """A load test of engines and of servers (a URL), by the name each has in the report; for this machine only.
 
     `tokenizer`, a folder with tokenizer.json, makes prompts of an exact length for a server, as an engine's own does.
+    `baseline` is a stored report to judge by; `store` knows what an engine was made from.
     """
     from llmopt import bench
+    from llmopt.pipeline.lineage import lineage
 
-    resolved = bench.resolve({key: value for key, value in settings.items() if key != "against"})
+    resolved = bench.resolve(_own("bench", settings))
     loads: dict[str, Subject] = {}
     for name, subject in subjects.items():
         if isinstance(subject, str):
@@ -279,23 +288,66 @@ def bench(subjects: Mapping[str, Input | str], settings: Mapping[str, Any], *, t
             loads[name] = bench.Subject(name=name, url=subject, tokenizer=path)
             continue
         inputs.require(subject, "bench", "engine")
-        loads[name] = bench.Subject(name=name, engine=subject.path, artifact=subject.id)
+        made_from = () if store is None else lineage(store, subject.id)
+        loads[name] = bench.Subject(name=name, engine=subject.path, artifact=subject.id, lineage=made_from)
     engines = any(load.engine is not None for load in loads.values())
+    file = resolved.workload.file
+    workload = None if file is None else inputs.text(file, kind="workload")
+    report = None if baseline is None else baseline.path
     return Stage(
         kind="report",
         action=Action(
             op="bench",
             op_version=bench.OP_VERSION,
-            inputs={name: load.artifact or str(load.url) for name, load in loads.items()} | _ids(tokenizer=tokenizer),
-            settings=to_json(resolved),
+            inputs={name: load.artifact or str(load.url) for name, load in loads.items()}
+            | _ids(tokenizer=tokenizer, workload=workload, baseline_report=baseline),
+            settings=_without_path(to_json(resolved)),
             code=provenance.code_digest("bench"),
             deps=provenance.versions(bench.deps(resolved)) | (_serving() if engines else {}),
             target=machine.fingerprint(),
         ),
-        check=lambda: bench.check(loads, resolved),
-        produce=lambda out, progress: bench.measure(loads, resolved, out, progress),
+        check=lambda: bench.check(loads, resolved, report),
+        produce=lambda out, progress: bench.measure(loads, resolved, out, progress, baseline=report),
         repeatable=False,
     )
+
+
+def import_bench(results: Sequence[Input], settings: Mapping[str, Any], *, baseline: Input | None = None) -> Stage:
+    """A report from the result files of another load tester (several are rounds), judged as our own are."""
+    from llmopt import bench
+
+    resolved = bench.resolve(settings)
+    paths, report = [result.path for result in results], None if baseline is None else baseline.path
+    return Stage(
+        kind="report",
+        action=Action(
+            op="bench.import",
+            op_version=bench.OP_VERSION,
+            inputs=_ids(
+                **{f"result_{number}": result for number, result in enumerate(results)}, baseline_report=baseline
+            ),
+            settings={
+                key: value
+                for key, value in to_json(resolved).items()
+                if key in ("slo", "gate", "gate_metrics", "margin", "alpha")
+            },
+            code=provenance.code_digest("bench"),
+            deps=provenance.versions(("numpy",)),
+            target={},
+        ),
+        check=lambda: bench.check_import(paths, resolved, report),
+        produce=lambda out, progress: bench.import_results(paths, resolved, out, baseline=report),
+        repeatable=False,  # it says when and where it was imported
+    )
+
+
+def _without_path(settings: dict[str, Json]) -> dict[str, Json]:
+    """A workload's file is an input by its digest; where it lies is no setting."""
+    workload = settings["workload"]
+    file = workload.get("file") if isinstance(workload, dict) else None
+    if not isinstance(workload, dict) or not isinstance(file, str):
+        return settings
+    return {**settings, "workload": {**workload, "file": Path(file).name}}
 
 
 def _serving() -> dict[str, str]:

@@ -24,6 +24,7 @@ _FOLDER = Path(__file__).parent
 _TEXTS = ("extends", "description", "model")
 CALIBRATION_TEXT = _FOLDER / "text" / "calibration.txt"
 HELDOUT_TEXT = _FOLDER / "text" / "heldout.txt"
+WORKLOADS = _FOLDER / "workloads"  # what `llmopt bench` sends: a file each, not profiles of stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +106,7 @@ class _Document:
 
     @classmethod
     def read(cls, file: Path) -> _Document:
-        root, values = _parse(file)
-        if not isinstance(values, dict):
-            raise SettingsError(f"{file.name} is not a mapping", hint="write `section:` with its settings below it")
-        lines: dict[str, int] = {}
-        for key, line in _keys(root):
-            if key in lines:
-                raise SettingsError(
-                    f"{file.name}:{line}: `{key}` is given twice", hint=f"remove it here or on line {lines[key]}"
-                )
-            lines[key] = line
-        document = cls(file, {str(key): value for key, value in values.items()}, lines)
+        document = cls(file, *read_mapping(file, hint="write `section:` with its settings below it"))
         for key in document.values:
             if key not in SECTIONS + _TEXTS:
                 known = nearest(key, SECTIONS + _TEXTS)
@@ -147,6 +138,21 @@ class _Document:
         """A path relative to the file as one that is not; what is no path (an id, a name) as it is."""
         path = self.file.parent / reference
         return str(path) if reference.startswith(".") or path.exists() else reference
+
+
+def read_mapping(file: Path, *, hint: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The top level of a YAML file, and the line of every key by its dotted name; `hint` says how to write one."""
+    root, values = _parse(file)
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file.name} is not a mapping", hint=hint)
+    lines: dict[str, int] = {}
+    for key, line in _keys(root):
+        if key in lines:
+            raise SettingsError(
+                f"{file.name}:{line}: `{key}` is given twice", hint=f"remove it here or on line {lines[key]}"
+            )
+        lines[key] = line
+    return {str(key): value for key, value in values.items()}, lines
 
 
 def _parse(file: Path) -> tuple[yaml.Node | None, Any]:

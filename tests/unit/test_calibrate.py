@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 from llmopt import calibrate
 from llmopt.artifacts.outcome import silent
 from llmopt.calibrate import CalibrationSettings
-from llmopt.errors import BackendMissingError, LlmoptError
+from llmopt.errors import LlmoptError
 from llmopt.models.text import read_calibration, read_tokens, windows
 
 TEXTS = [f"This is row {i}, and it says {'so ' * (i % 7)}much." for i in range(200)]
@@ -111,8 +110,9 @@ def test_a_packed_file_is_the_same(tiny: Path, texts: Path, tmp_path: Path, name
 
 
 def test_parquet_is_the_same(tiny: Path, texts: Path, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     file = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"n": list(range(len(TEXTS))), "text": TEXTS}), file, row_group_size=30)
     made, plain = calibrate.make(tiny, [file], rows()), calibrate.make(tiny, [texts], rows())
@@ -123,16 +123,6 @@ def test_parquet_is_the_same(tiny: Path, texts: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(LlmoptError, match="cannot be read as parquet"):
         calibrate.make(tiny, [file], rows())
-
-
-def test_parquet_without_pyarrow_says_what_to_install(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "rows.parquet").touch()
-    with pytest.raises(BackendMissingError) as caught:
-        calibrate.make(tiny, [tmp_path / "rows.parquet"], rows())
-    assert "llmopt[data]" in str(caught.value.hint)
 
 
 def test_another_field_can_be_the_text(tiny: Path, tmp_path: Path, texts: Path) -> None:

@@ -1,18 +1,22 @@
 """HTTP/1.1 responses and server-sent events as bytes; every piece keeps the stamp of the receive that brought it.
 
-Framing (where does this response end?) is done as the bytes come, since the next request waits for it. Nothing else
-is: events are cut out after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
+Framing (where does this response end?) is done as the bytes come, since the next request waits for it: a walk at the
+end would come just then, and for all streams together where they go in step. Nothing else is done: events are cut out
+after the load. Sources: RFC 9112 sections 6 and 7; the WHATWG HTML standard, 9.2.6.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from enum import Enum, auto
+from functools import lru_cache
+from itertools import accumulate
 from typing import TypeAlias
 
-#: (receive stamp in ns of the monotonic clock, bytes of the body)
+#: (receive stamp in ns of the monotonic clock, bytes)
 Piece: TypeAlias = tuple[int, bytes]
 
 _MAX_HEAD_BYTES = 64 * 1024
@@ -37,18 +41,24 @@ class _State(Enum):
     COMPLETE = auto()
 
 
+_CHUNK_SIZE = _State.CHUNK_SIZE  # looking up a member costs as much as a slice
+_COMPLETE = _State.COMPLETE
+
+
 class Response:
     """One response, fed with the bytes of each receive until `complete`.
 
-    `status` is 0 until the head is in; `pieces` is the body without its framing; `received_bytes` counts everything.
+    `status` is 0 until the head is in; `pieces` is the body without its framing, and `stamps_ns` says when each came;
+    `received_bytes` counts everything.
     """
 
-    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "status")
+    __slots__ = ("_left", "_rest", "_state", "headers", "keep_alive", "pieces", "received_bytes", "stamps_ns", "status")
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        self.pieces: list[Piece] = []
+        self.pieces: list[bytes] = []
+        self.stamps_ns = array("q")
         self.keep_alive = True
         self.received_bytes = 0
         self._state = _State.HEAD
@@ -62,16 +72,11 @@ class Response:
     def feed(self, stamp_ns: int, data: bytes) -> bool:
         """Take what one receive brought; True when the response is complete. Raises MalformedError."""
         self.received_bytes += len(data)
-        if self._state is _State.HEAD:
-            data = self._read_heads(self._rest + data)
-        if self._state is _State.LENGTH:
-            self._read_length(stamp_ns, data)
-        elif self._state is _State.UNTIL_CLOSE:
-            if data:
-                self.pieces.append((stamp_ns, data))
-        elif self._state is not _State.HEAD:
-            self._read_chunks(stamp_ns, data)
-        return self.complete
+        if self._state is not _CHUNK_SIZE or self._rest:
+            self._walk(stamp_ns, data)
+        elif (at := self._read_whole_chunks(stamp_ns, data, 0)) < len(data):
+            self._read_chunks(stamp_ns, data[at:])
+        return self._state is _COMPLETE
 
     def closed(self) -> bool:
         """The connection has ended; True if the response is complete with that."""
@@ -81,7 +86,29 @@ class Response:
         return self.complete
 
     def body(self) -> bytes:
-        return b"".join(data for _, data in self.pieces)
+        return b"".join(self.pieces)
+
+    def stamps_at(self, ends: list[int]) -> Sequence[int]:
+        """For each place in the body, behind a line, say, the stamp of the receive that reached it."""
+        ours = list(accumulate(map(len, self.pieces)))
+        if ours == ends:
+            return self.stamps_ns  # as nearly always
+        return [self.stamps_ns[bisect_left(ours, end)] for end in ends]
+
+    def _add(self, stamp_ns: int, data: bytes) -> None:
+        self.stamps_ns.append(stamp_ns)
+        self.pieces.append(data)
+
+    def _walk(self, stamp_ns: int, data: bytes) -> None:
+        if self._state is _State.HEAD:
+            data = self._read_heads(self._rest + data)
+        if self._state is _State.LENGTH:
+            self._read_length(stamp_ns, data)
+        elif self._state is _State.UNTIL_CLOSE:
+            if data:
+                self._add(stamp_ns, data)
+        elif self._state is not _State.HEAD:
+            self._read_chunks(stamp_ns, data)
 
     def _read_heads(self, data: bytes) -> bytes:
         """Read the head, after any interim ones (1xx); returns the bytes behind it."""
@@ -134,7 +161,7 @@ class Response:
     def _read_length(self, stamp_ns: int, data: bytes) -> None:
         piece = data[: self._left]
         if piece:
-            self.pieces.append((stamp_ns, piece))
+            self._add(stamp_ns, piece)
             self._left -= len(piece)
         if not self._left:
             self._state = _State.COMPLETE
@@ -147,7 +174,7 @@ class Response:
         while at < size:
             if self._state is _State.CHUNK_DATA:
                 piece = data[at : at + self._left]
-                self.pieces.append((stamp_ns, piece))
+                self._add(stamp_ns, piece)
                 at += len(piece)
                 self._left -= len(piece)
                 if not self._left:
@@ -162,14 +189,29 @@ class Response:
                     return
                 self._read_line(data[at:end])
                 at = end + 2
+                if self._state is _State.CHUNK_SIZE:
+                    at = self._read_whole_chunks(stamp_ns, data, at)
+
+    def _read_whole_chunks(self, stamp_ns: int, data: bytes, at: int) -> int:
+        """Read the chunks from `at` on that have come whole, as nearly all do; returns where they end."""
+        size = len(data)
+        while at < size:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                break
+            start = end + 2
+            stop = start + _chunk_size(data[at:end])
+            if start == stop or data[stop : stop + 2] != b"\r\n":
+                break
+            self.stamps_ns.append(stamp_ns)
+            self.pieces.append(data[start:stop])
+            at = stop + 2
+        return at
 
     def _read_line(self, line: bytes) -> None:
         """A line of the chunked framing: a size, the empty line behind a chunk's data, or a trailer."""
         if self._state is _State.CHUNK_SIZE:
-            digits = line.partition(b";")[0].strip(b" \t")
-            if not _HEX.fullmatch(digits):
-                raise MalformedError(f"not a chunk size: {line[:40]!r}")
-            self._left = int(digits, 16)
+            self._left = _chunk_size(line)
             self._state = _State.CHUNK_DATA if self._left else _State.TRAILERS
         elif self._state is _State.CHUNK_END:
             if line:
@@ -188,32 +230,45 @@ class Response:
             self.keep_alive = False
 
 
-def events(pieces: Sequence[Piece]) -> list[Piece]:
+@lru_cache(1024)  # the chunks of a stream have few sizes
+def _chunk_size(line: bytes) -> int:
+    digits = line.partition(b";")[0].strip(b" \t")
+    if not _HEX.fullmatch(digits):
+        raise MalformedError(f"not a chunk size: {line[:40]!r}")
+    return int(digits, 16)
+
+
+def events(response: Response) -> list[Piece]:
     """The data of every server-sent event, with the stamp of the receive that completed the event.
 
     Line ends are LF, CRLF or CR; comments and other fields are dropped. An event at the very end whose blank line is
     missing counts, as common servers leave it out behind `[DONE]`.
     """
-    body = b"".join(data for _, data in pieces)
+    body = response.body()
+    if body.startswith(b"data: ") and body.endswith(b"\n\n") and b"\r" not in body:
+        found = body[6:-2].split(b"\n\ndata: ")
+        if body.count(b"\n") == 2 * len(found):  # every event is one line, as nearly always
+            ends = list(accumulate([len(data) + 8 for data in found]))
+            return list(zip(response.stamps_at(ends), found, strict=True))
+    return _cut(response, body)
+
+
+def _cut(response: Response, body: bytes) -> list[Piece]:
+    """The events of any body."""
+    found: list[bytes] = []
     ends: list[int] = []
-    total = 0
-    for _, data in pieces:
-        total += len(data)
-        ends.append(total)
-    found: list[Piece] = []
     start = 0
     while start < len(body):
         blank = _BLANK_LINE.search(body, start)
         end, following = (blank.start(), blank.end()) if blank else (len(body), len(body))
         payload = _event_data(body[start:end])
         if payload is not None:
-            found.append((pieces[bisect_left(ends, following)][0], payload))
+            found.append(payload)
+            ends.append(following)
         start = following
-    return found
+    return list(zip(response.stamps_at(ends), found, strict=True))
 
 
 def _event_data(event: bytes) -> bytes | None:
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:  # nearly every event
-        return event[6:] if event[5:6] == b" " else event[5:]
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     return b"\n".join(line[1:] if line.startswith(b" ") else line for line in lines) if lines else None

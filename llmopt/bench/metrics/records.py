@@ -2,144 +2,111 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import orjson
+
+from llmopt.bench.answers import Answer, message, shown
 from llmopt.bench.client.base import Exchange, Failure
-from llmopt.bench.client.wire import Response, events
-from llmopt.bench.endpoints import Endpoint
+from llmopt.bench.client.wire import Response
+from llmopt.bench.endpoints import ENDPOINTS
 
-_MAX_DETAIL = 300
+UNSENT = "unsent"
+
+#: What can become of a request that has no answer.
+CLASSES: Mapping[str, str] = {
+    "refused": "no connection: the host is unknown, nothing listens, or it does not let us in",
+    "tls": "a connection, but no agreement on its encryption, or a certificate that is not trusted",
+    "timeout": "no connection, or no end of the answer, within its time",
+    "cut": "the server closed the connection, or ended its stream, before the answer was complete",
+    "malformed": "bytes that are not HTTP, not UTF-8, not JSON, or not an answer of the endpoint",
+    "empty": "a complete answer without any text",
+    "server_error": "an error that the server reports inside its answer",
+    "interrupted": "still in flight when the load was stopped by hand",
+    UNSENT: "due in an open loop, but the limit of requests in flight was reached until its end",
+    "http_401": "the key is missing or wrong",
+    "http_403": "the key does not allow it",
+    "http_429": "too many requests: the server limits their rate",
+    "http_3xx": "a redirect, which is not followed",
+    "http_4xx": "any other request that the server does not take",
+    "http_5xx": "an error of the server",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request. Stamps are nanoseconds of the monotonic clock, one for each chunk of the stream that has text.
+    """One request. Stamps are nanoseconds of the monotonic clock, one for each chunk of the stream that has output.
 
-    A failed request keeps the chunks it got. Token counts are the server's, None where it sends no usage.
+    A failed request keeps the chunks it got. Token counts are the server's, None where it sends none.
     """
 
-    prompt: int
+    prompt: int  # index of the item in the workload
     status: int  # of HTTP; 0 where none came
     sent_ns: int
     end_ns: int
-    stamps_ns: tuple[int, ...]
+    stamps_ns: Sequence[int]
     prompt_tokens: int | None
     completion_tokens: int | None
     streamed: bool
     failure: Failure | None
+    turn: int = 0  # of its conversation
+    target: int = 0  # index of the URL
+    due_ns: int | None = None  # when it was to be sent, where that was set before
+    answer_ns: int | None = None  # the first chunk that is not reasoning
+    cached_tokens: int | None = None  # of the prompt, from the server's prefix cache
+    wanted_tokens: int | None = None  # output that was asked for
+    finish: str | None = None  # why the output ended, in the server's word
 
     @property
     def tokens(self) -> int:
-        """Tokens by the server's usage, else chunks."""
+        """Output tokens by the server's usage, else chunks."""
         return len(self.stamps_ns) if self.completion_tokens is None else self.completion_tokens
 
 
-class _BadAnswerError(Exception):
-    """An answer that is not what the endpoint promises; carries its failure class."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.failure = Failure(kind, detail)
-
-
-class _Reading:
-    """The fields of a record while its events are read."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.stamps_ns: list[int] = []
-        self.usage: Mapping[str, Any] = {}
-        self.finished = False
-        self.streamed = True
-
-    def read(self, response: Response) -> None:
-        if not 200 <= response.status < 300:
-            detail = f"HTTP {response.status}: {_reason(response)}"
-            raise _BadAnswerError(f"http_{response.status // 100}xx", detail)
-        self.streamed = "text/event-stream" in response.headers.get("content-type", "").lower()
-        if self.streamed:
-            for stamp_ns, data in events(response.pieces):
-                self._read_event(stamp_ns, data)
-        elif response.pieces:
-            self._read_object(response.pieces[-1][0], response.body(), whole=True)
-        if not response.complete:
-            return  # the failure of the exchange says why
-        if not self.finished and self.streamed:
-            raise _BadAnswerError("cut", "the stream ended without `[DONE]`, finish reason or usage")
-        if not self.stamps_ns:
-            raise _BadAnswerError("empty", "an answer without any text")
-
-    def _read_event(self, stamp_ns: int, data: bytes) -> None:
-        if data == b"[DONE]":
-            self.finished = True
-        elif data:
-            self._read_object(stamp_ns, data, whole=False)
-
-    def _read_object(self, stamp_ns: int, data: bytes, *, whole: bool) -> None:
-        try:
-            fields = json.loads(data)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise _BadAnswerError("malformed", f"not JSON ({error}): {_shown(data)}") from None
-        try:
-            if problem := fields.get("error"):
-                raise _BadAnswerError("server_error", f"an error in the stream: {_message(problem)}")
-            if usage := fields.get("usage"):
-                self.usage = {**usage}
-                self.finished = True
-            choices = fields.get("choices") or ()
-            if choices:
-                read = self.endpoint.whole if whole else self.endpoint.text
-                if read(choices[0]):
-                    self.stamps_ns.append(stamp_ns)
-                if choices[0].get("finish_reason"):
-                    self.finished = True
-        except (AttributeError, KeyError, TypeError):
-            raise _BadAnswerError("malformed", f"not an OpenAI-style answer: {_shown(data)}") from None
-
-    def count(self, name: str) -> int | None:
-        value = self.usage.get(name)
-        return value if isinstance(value, int) else None
-
-
-def read(exchange: Exchange, endpoint: Endpoint) -> Record:
-    """Parse one exchange; whatever its bytes are, the result is a record and never an exception."""
-    reading = _Reading(endpoint)
-    failure = exchange.failure
-    if exchange.response is not None and exchange.response.status:
-        try:
-            reading.read(exchange.response)
-        except _BadAnswerError as bad:
-            failure = failure or bad.failure
+def read(exchange: Exchange, endpoint: str) -> Record:
+    """Parse one exchange with the endpoint of that name; whatever its bytes are, the result is a record."""
+    answer, failure = Answer(), exchange.failure
+    response = exchange.response
+    if response is not None and 200 <= response.status < 300:
+        answer = ENDPOINTS[endpoint].read(response)
+        failure = failure or answer.failure
+    elif response is not None and response.status:
+        failure = failure or _http_failure(response)
+    job = exchange.job
     return Record(
-        prompt=exchange.job.prompt,
-        status=exchange.response.status if exchange.response is not None else 0,
+        prompt=job.prompt,
+        status=response.status if response is not None else 0,
         sent_ns=exchange.sent_ns,
         end_ns=exchange.end_ns,
-        stamps_ns=tuple(reading.stamps_ns),
-        prompt_tokens=reading.count("prompt_tokens"),
-        completion_tokens=reading.count("completion_tokens"),
-        streamed=reading.streamed,
+        stamps_ns=answer.stamps_ns,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        streamed=answer.streamed,
         failure=failure,
+        turn=job.turn,
+        target=job.target,
+        due_ns=exchange.due_ns,
+        answer_ns=answer.answer_ns,
+        cached_tokens=answer.cached_tokens,
+        wanted_tokens=job.wanted_tokens,
+        finish=answer.finish,
     )
+
+
+def _http_failure(response: Response) -> Failure:
+    kind = f"http_{response.status}"
+    detail = f"HTTP {response.status}: {_reason(response)}"
+    if wait := response.headers.get("retry-after"):
+        detail += f" (Retry-After: {wait[:40]})"
+    return Failure(kind if kind in CLASSES else f"http_{response.status // 100}xx", detail)
 
 
 def _reason(response: Response) -> str:
     """What the server says about its error."""
     body = response.body()
     try:
-        fields = json.loads(body)
-        return _message(fields.get("error") or fields.get("detail") or fields)
+        fields = orjson.loads(body)
+        return message(fields.get("error") or fields.get("detail") or fields)
     except (ValueError, AttributeError):
-        return _shown(body)
-
-
-def _message(error: Any) -> str:
-    message = error.get("message") if isinstance(error, dict) else error
-    return str(message or error)[:_MAX_DETAIL]
-
-
-def _shown(data: bytes) -> str:
-    return repr(data[:80])[2:-1] + ("..." if len(data) > 80 else "")
+        return shown(body)

@@ -1,183 +1,67 @@
-"""The report's files: report.json (all figures), report.md (the table) and requests.jsonl (every stamp)."""
+"""The report's files: report.json holds all figures; each of the others is the same for another reader.
+
+requests.parquet (every stamp) is written while the load runs, by `requests.Requests`; `write` comes after it, for the
+charts of report.html are drawn from it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
+import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import llmopt
-from llmopt.artifacts.outcome import Json
-from llmopt.bench.metrics.figures import CONVENTIONS, Level
-from llmopt.bench.settings import BenchSettings, Subject
 from llmopt.errors import LlmoptError
-from llmopt.profiles.settings import to_json
 
-SCHEMA = "llmopt.report/1"
-REQUESTS = "requests.jsonl"
+if TYPE_CHECKING:
+    from llmopt.bench.report.words import Report
 
-_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "TTFT ms p50": ("ttft_ms", "p50"),
-    "p99": ("ttft_ms", "p99"),
-    "ITL ms p50": ("itl_ms", "p50"),
-    "p99 ": ("itl_ms", "p99"),
-    "TPOT ms p50": ("tpot_ms", "p50"),
-    "E2E ms p50": ("e2e_ms", "p50"),
-    "tokens/s": ("tokens_per_s",),
-    "requests/s": ("requests_per_s",),
-}
+#: What a user can ask a copy of, by the name of the flag.
+FORMS: Mapping[str, str] = {
+    "json": "report.json", "html": "report.html", "junit": "junit.xml", "csv": "report.csv",
+    "markdown": "report.md", "summary": "summary.md", "vllm": "vllm.json",
+}  # fmt: skip
 
 
-def prepare(out: Path) -> None:
-    """Make the folder and the file of requests, so that a folder that cannot be written is found before the load."""
+def write(out: Path, report: Report) -> None:
+    """report.json first, so that whatever befalls the others, the figures are there.
+
+    What makes them is imported here, after the load: before it, every import delays the first request.
+    """
+    from llmopt.bench.report import flat, junit, markdown, page, rows
+
+    _put(out / FORMS["json"], json.dumps(_finite(report), indent=1, ensure_ascii=False) + "\n")
+    measured = rows.read(out)
+    _put(out / FORMS["markdown"], markdown.markdown(report))
+    _put(out / FORMS["summary"], markdown.summary(report))
+    _put(out / FORMS["junit"], junit.junit(report))
+    _put(out / FORMS["csv"], flat.csv_rows(report))
+    _put(out / FORMS["vllm"], flat.vllm(report, measured))
+    _put(out / FORMS["html"], page.page(report, measured))
+
+
+def copy(out: Path, form: str, to: Path) -> None:
+    """A form of the report in `out` as the file `to`."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / REQUESTS).write_bytes(b"")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / FORMS[form], to)
     except OSError as error:
-        raise LlmoptError(f"cannot write to `{out}`: {error.strerror}", hint="choose another folder") from None
+        raise LlmoptError(f"cannot write `{to}`: {error.strerror}", hint="choose another file") from None
 
 
-def append_requests(out: Path, level: Level) -> None:
-    """One line for each request, in microseconds: `sent_us` since the level's first, all else since its own sending."""
-    first_ns = min((record.sent_ns for record in level.records), default=0)
-    with (out / REQUESTS).open("a", encoding="utf-8") as file:
-        for record in level.records:
-            line = {
-                "subject": level.subject,
-                "concurrency": level.streams,
-                "round": level.round,
-                "prompt": record.prompt,
-                "sent_us": (record.sent_ns - first_ns) // 1000,
-                "end_us": (record.end_ns - record.sent_ns) // 1000,
-                "chunks_us": [(stamp - record.sent_ns) // 1000 for stamp in record.stamps_ns],
-                "prompt_tokens": record.prompt_tokens,
-                "completion_tokens": record.completion_tokens,
-            }
-            if record.failure is not None:
-                line |= {"error": record.failure.kind, "detail": record.failure.detail}
-            file.write(json.dumps(line, separators=(",", ":"), ensure_ascii=False) + "\n")
+def _finite(value: Any) -> Any:
+    """Null for what JSON has no number for: other readers than Python's refuse a file with `NaN`."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(
-    out: Path,
-    *,
-    settings: BenchSettings,
-    subjects: Mapping[str, Subject],
-    models: Mapping[str, str],
-    environment: Mapping[str, Json],
-    results: Mapping[str, Mapping[str, Mapping[str, Json]]],
-    ratios: Mapping[str, Json],
-    notes: Sequence[str],
-    invalid: str | None,
-) -> None:
-    """Write report.json and report.md; `invalid` says why the figures mean nothing, None that they hold."""
-    report: dict[str, object] = {
-        "schema": SCHEMA,
-        "valid": invalid is None,
-        "invalid_because": invalid,
-        "settings": to_json(settings),
-        "subjects": {subject.name: _subject(subject, models) for subject in subjects.values()},
-        "results": results,
-        "ratio": ratios,
-        "notes": list(notes),
-        "environment": environment,
-        "conventions": CONVENTIONS,
-    }
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    (out / "report.json").write_text(text, encoding="utf-8")
-    page = markdown(results, ratios, notes, environment, invalid)
-    (out / "report.md").write_text(page, encoding="utf-8")
-
-
-def markdown(
-    results: Mapping[str, Mapping[str, Mapping[str, Json]]],
-    ratios: Mapping[str, Json],
-    notes: Sequence[str],
-    environment: Mapping[str, Json],
-    invalid: str | None,
-) -> str:
-    """The page that a pull request shows: verdict, table, notes, machine."""
-    lines = ["# Load test", ""]
-    if invalid is not None:
-        lines += [f"**Not valid: {invalid}**", ""]
-    lines += [
-        "| subject | streams | requests | errors | " + " | ".join(name.strip() for name in _COLUMNS) + " |",
-        "|---|" + "---:|" * (3 + len(_COLUMNS)),
-    ]
-    for subject, levels in results.items():
-        for at, summary in levels.items():
-            lines.append(_row(subject, at, summary))
-    for at, figures in ratios.items():
-        if isinstance(figures, dict):
-            lines.append(_ratio_row(at, figures))
-    if notes:
-        lines += ["", *(f"- {note}" for note in notes)]
-    cpu, cores, system = (environment.get(name) for name in ("cpu", "cores", "system"))
-    return "\n".join([*lines, "", f"Machine: {cpu}, {cores} cores, {system}", ""])
-
-
-def environment() -> dict[str, Json]:
-    """What the figures depend on and a reader can know: the machine that made the load, and the versions."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "llmopt": llmopt.__version__,
-        "tokenizers": _version("tokenizers"),
-        "stamps": "monotonic clock on receipt",
-    }
-
-
-def _subject(subject: Subject, models: Mapping[str, str]) -> dict[str, Json]:
-    fields: dict[str, Json] = {"model": models.get(subject.name)}
-    if subject.url is not None:
-        fields["url"] = subject.url
-    if subject.engine is not None:
-        fields["engine"] = subject.engine.name
-    if subject.artifact is not None:
-        fields["artifact"] = subject.artifact
-    return fields
-
-
-def _row(subject: str, at: str, summary: Mapping[str, Json]) -> str:
-    errors = summary["errors"]
-    failed = ", ".join(f"{count} {kind}" for kind, count in errors.items()) if isinstance(errors, dict) else ""
-    cells = [subject, at.removeprefix("c"), str(summary["requests"]), failed or "0"]
-    for path in _COLUMNS.values():
-        value: Json = dict(summary)
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        cells.append("-" if value is None else f"{value:.2f}")
-    return "| " + " | ".join(cells) + " |"
-
-
-def _ratio_row(at: str, figures: Mapping[str, Json]) -> str:
-    cells = ["candidate / baseline", at.removeprefix("c"), "", ""]
-    for path in _COLUMNS.values():
-        value = figures.get("_".join(path))
-        cells.append("-" if value is None else f"{value:.3f}")
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cpu_model() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _put(file: Path, text: str) -> None:
+    """All of it or the file as it was."""
+    aside = file.with_name(f"{file.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)

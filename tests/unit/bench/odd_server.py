@@ -71,9 +71,9 @@ class Handler:
             return False
         return await self.generate(mode, json.loads(body), headers, received_ns, path)
 
-    async def simple(self, status: int, text: str, kind: str = "application/json") -> bool:
+    async def simple(self, status: int, text: str, kind: str = "application/json", more: str = "") -> bool:
         data = text.encode()
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(data)}\r\n{more}\r\n"
         self.writer.write(head.encode() + data)
         await self.writer.drain()
         return True
@@ -88,7 +88,9 @@ class Handler:
         LOG.append(entry)
         if status := int(mode.number("status")):
             key = (entry["authorization"] or "none").split(" ")[-1]
-            return await self.simple(status, json.dumps({"error": {"message": f"status {status}, key {key}"}}))
+            wait = f"retry-after: {mode.options['retry_after']}\r\n" if mode.has("retry_after") else ""
+            text = json.dumps({"error": {"message": f"status {status}, key {key}"}})
+            return await self.simple(status, text, more=wait)
         if mode.has("every") and len(LOG) % int(mode.number("every")) == 0:
             return await self.simple(500, json.dumps({"error": {"message": "now and then"}}))
         if mode.has("html"):

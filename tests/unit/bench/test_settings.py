@@ -10,7 +10,9 @@ from llmopt.errors import Exit, LlmoptError, SettingsError
 
 
 def test_defaults() -> None:
-    assert resolve({}) == BenchSettings(concurrency=(1, 4), prompt_tokens=128, output_tokens=64, warmup=2, rounds=1)
+    found = resolve({})
+    assert [load.label for load in found.loads(timed=False)] == ["c1", "c4"]
+    assert (found.workload.prompt_tokens, found.workload.output_tokens, found.warmup, found.rounds) == (128, 64, 2, 1)
 
 
 def test_one_concurrency_needs_no_list() -> None:
@@ -26,11 +28,26 @@ def test_a_misspelt_setting_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"concurrency": []}, "`concurrency` cannot be"),
+        ({"rate": [0.0]}, "`rate` cannot be `0`"),
+        ({"rate": 2, "concurrency": 2}, "two kinds of load"),
+        ({"sweep": "rate", "concurrency": 2}, "`sweep` finds its levels itself"),
+        ({"sweep": "rate", "rounds": 2}, "do not go together"),
+        ({"arrivals": "constant"}, "`arrivals` changes nothing here"),
+        ({"rate": 1, "burstiness": 0.5}, "`burstiness` changes nothing here"),
+        ({"in_flight": 4}, "`in_flight` changes nothing here"),
+        ({"rate": 1, "speed": 2.0}, "`speed` changes nothing here"),
+        ({"rounds": 2, "max_rounds": 8}, "`max_rounds` changes nothing here"),
+        ({"slo": ["ttft_ms_p98<=1"]}, "reports have no `p98`"),
+        ({"gate_metrics": ["ttft"]}, "cannot be compared"),
+        ({"margin": "5 percent"}, "`margin` cannot be `5 percent`"),
+        ({"headers": ["authorization: secret"]}, "would end up in the report"),
+        ({"headers": ["x-tenant: $NOT_SET_ANYWHERE"]}, "the environment has no `NOT_SET_ANYWHERE`"),
+        ({"headers": ["tenant"]}, "is not a header"),
+        ({"in_process": True, "rate": 1}, "closed loop only"),
         ({"concurrency": [0]}, "`concurrency` cannot be `0`"),
         ({"concurrency": [2, 2]}, "`concurrency` cannot be `2, 2`"),
         ({"requests": 0}, "`requests` cannot be `0`"),
-        ({"requests": 3}, "`requests` of 3 cannot keep 4 streams busy"),
+        ({"requests": 3, "concurrency": [1, 4]}, "`requests` of 3 cannot keep 4 streams busy"),
         ({"duration_s": 0}, "`duration_s` cannot be"),
         ({"timeout_s": -1}, "`timeout_s` cannot be"),
         ({"duration_s": float("nan")}, "`duration_s` cannot be"),
@@ -47,9 +64,11 @@ def test_a_value_out_of_range_is_an_error(settings: dict[str, Any], says: str) -
 
 
 def test_requests_grow_with_the_streams_unless_given_or_timed() -> None:
-    assert (resolve({}).requests_at(1), resolve({}).requests_at(16)) == (8, 64)
-    assert resolve({"requests": 20}).requests_at(4) == 20
-    assert resolve({"duration_s": 1}).requests_at(4) is None
+    plain = resolve({})
+    assert [plain.requests_at(plain.at_streams(streams)) for streams in (1, 16)] == [8, 64]
+    assert [plain.requests_at(plain.at_rate(rate)) for rate in (0.1, 10)] == [16, 200]
+    assert resolve({"requests": 20}).requests_at(plain.at_streams(4)) == 20
+    assert resolve({"duration_s": 1}).requests_at(plain.at_streams(4)) is None
 
 
 def checked(**subject: Any) -> None:
@@ -111,9 +130,9 @@ def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
 def test_lengths_beyond_the_engine_s_context_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "engine.json").write_text('{"max_context_tokens": 1024}')
     subjects = {"candidate": Subject(name="candidate", engine=tmp_path)}
-    check(subjects, BenchSettings(prompt_tokens=960))
-    with pytest.raises(SettingsError, match="prompts of 961 and outputs of 64 tokens do not fit into the 1024 tokens"):
-        check(subjects, BenchSettings(prompt_tokens=961))
+    check(subjects, resolve({"prompt_tokens": 960}))
+    with pytest.raises(SettingsError, match="of 1025 tokens in all do not fit into the 1024 tokens"):
+        check(subjects, resolve({"prompt_tokens": 961}))
 
 
 def test_the_tokenizer_is_the_given_one_or_else_the_engine_s(tmp_path: Path) -> None:

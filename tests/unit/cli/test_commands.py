@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmopt.artifacts.outcome import Outcome
+from llmopt.artifacts.outcome import Outcome, silent
+from llmopt.cli.deliver import keep_report
 from llmopt.errors import MeasurementInvalidError
 
 Llmopt = Callable[..., Any]
@@ -142,9 +144,10 @@ def test_bench_always_measures_anew(llmopt: Llmopt, tiny: Path, monkeypatch: pyt
 
     seen: list[Any] = []
 
-    def measure(subjects: Any, settings: Any, out: Path, progress: object) -> Outcome:
+    def measure(subjects: Any, settings: Any, out: Path, progress: object, **_: object) -> Outcome:
         seen.append((dict(subjects), settings))
-        (out / "report.json").write_text(f"{len(seen)}")
+        report = {"schema": "llmopt.report/2", "valid": True, "subjects": {}, "results": {}, "notes": [str(len(seen))]}
+        (out / "report.json").write_text(json.dumps(report))
         return Outcome()
 
     monkeypatch.setattr(bench, "measure", measure)
@@ -170,7 +173,7 @@ def unfinished(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """A bench that writes a report and then finds that it means nothing."""
     from llmopt import bench
 
-    def measure(subjects: object, settings: object, out: Path, progress: object) -> Outcome:
+    def measure(subjects: object, settings: object, out: Path, progress: object, **_: object) -> Outcome:
         (out / "report.json").write_text('{"valid": false}')
         raise MeasurementInvalidError("the load was not held", hint="see to it")
 
@@ -189,15 +192,38 @@ def test_an_invalid_bench_leaves_its_report_in_out_and_no_artifact(
     assert llmopt("store", "ls", "--json").json["artifacts"] == []
 
 
-def test_an_unfinished_report_does_not_go_into_an_exported_artifact(
+def test_a_bench_refuses_an_exported_artifact_before_the_load(
     llmopt: Llmopt, unfinished: tuple[str, ...], tiny: Path, tmp_path: Path
 ) -> None:
     assert llmopt("quantize", tiny, *SMALL, "--out", tmp_path / "out").code == 0
     before = sorted((tmp_path / "out").iterdir())
     ran = llmopt(*unfinished, "--out", tmp_path / "out")
-    assert ran.code == 6
-    assert "is not kept" in ran.err
+    assert ran.code == 2
+    assert "is not empty" in ran.error
     assert sorted((tmp_path / "out").iterdir()) == before
+
+
+def test_an_unfinished_report_does_not_go_into_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    for name in ("staged", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(name)
+    said: list[str] = []
+    keep_report(tmp_path / "staged", tmp_path / "out", lambda line, **_: said.append(line))
+    assert "is not kept" in str(said)
+    assert (tmp_path / "out" / "report.json").read_text() == "out"
+
+
+def test_what_was_measured_is_kept_without_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("staged", "tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "staged" / "report.json").write_text("{}")
+    keep_report(tmp_path / "staged", None, silent)
+    assert list((tmp_path / "tmp").iterdir()) == []  # nothing was measured
+    (tmp_path / "staged" / "requests.parquet").write_text("rows")
+    keep_report(tmp_path / "staged", None, silent)
+    (kept,) = (tmp_path / "tmp").iterdir()
+    assert {file.name for file in kept.iterdir()} == {"report.json", "requests.parquet"}
 
 
 def test_a_report_that_cannot_be_kept_does_not_hide_why_the_bench_ended(
@@ -271,6 +297,13 @@ def test_profiles_are_listed_and_shown_with_every_default(llmopt: Llmopt) -> Non
     assert shown["quantize"]["damping"] == 0.01
     assert shown["bench"]["against"] == "base"
     assert "damping: 0.01" in llmopt("profiles", "show", "demo").out
+
+
+def test_workloads_are_listed_and_shown_beside_the_profiles(llmopt: Llmopt) -> None:
+    listed = llmopt("profiles", "ls", "--json").json["workloads"]
+    assert {"chat", "rag", "code", "summarise", "agent"} <= {workload["name"] for workload in listed}
+    assert all(workload["description"] for workload in listed)
+    assert llmopt("profiles", "show", "chat", "--json").json["endpoint"] == "chat"
 
 
 def test_doctor_says_what_this_machine_can_do(llmopt: Llmopt, store: Path) -> None:

@@ -124,7 +124,7 @@ def test_an_interrupted_bench_leaves_its_report_in_out(
 ) -> None:
     from llmopt import bench
 
-    def measure(subjects: object, settings: object, out: Path, progress: object) -> Outcome:
+    def measure(subjects: object, settings: object, out: Path, progress: object, **_: object) -> Outcome:
         (out / "report.json").write_text("{}")
         raise KeyboardInterrupt
 

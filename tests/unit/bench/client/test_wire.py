@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmopt.bench.client import wire
 from llmopt.bench.client.wire import MalformedError, Piece, Response, events
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
@@ -24,6 +25,15 @@ def with_length(body: bytes) -> bytes:
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     marks = sorted({0, len(data), *(place % (len(data) + 1) for place in places)})
     return [data[a:b] for a, b in pairwise(marks)]
+
+
+def body_of(pieces: list[Piece]) -> Response:
+    """A response whose body came in these pieces."""
+    response = Response()
+    response.feed(0, b"HTTP/1.1 200 OK\r\n\r\n")
+    for stamp_ns, data in pieces:
+        response.feed(stamp_ns, data)
+    return response
 
 
 def feed_all(segments: list[bytes]) -> Response:
@@ -136,7 +146,7 @@ def test_any_bytes_are_read_or_refused_and_nothing_else(data: bytes, places: lis
 def test_any_body_can_be_cut_into_events(data: list[bytes], places: list[int]) -> None:
     pieces = [(i, piece) for i, piece in enumerate(cut(b"".join(data), places)) if piece]
     whole = [(0, b"".join(data))] if pieces else []
-    assert [event for _, event in events(pieces)] == [event for _, event in events(whole)]
+    assert [event for _, event in events(body_of(pieces))] == [event for _, event in events(body_of(whole))]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
@@ -145,7 +155,7 @@ def test_an_event_is_stamped_by_the_receive_that_completes_it(end: bytes, texts:
     whole = [b": ping" + end + b"data: " + text.encode() + end * 2 for text in texts]
     body = b"".join(whole)
     pieces: list[Piece] = [(i, piece) for i, piece in enumerate(cut(body, places)) if piece]
-    found = events(pieces)
+    found = events(body_of(pieces))
     assert [data.decode() for _, data in found] == texts
     reached, ends = 0, []
     for stamp, piece in pieces:
@@ -159,8 +169,33 @@ def test_an_event_is_stamped_by_the_receive_that_completes_it(end: bytes, texts:
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 def test_lines_of_data_are_joined_and_other_fields_dropped(end: bytes) -> None:
     lines = [b"event: token", b"id: 3", b"data: a", b"data:b", b"retry: 10", b"", b": comment", b"", b""]
-    assert events([(5, end.join(lines))]) == [(5, b"a\nb")]
+    assert events(body_of([(5, end.join(lines))])) == [(5, b"a\nb")]
 
 
 def test_the_last_event_needs_no_blank_line() -> None:
-    assert events([(1, b"data: a\n\n"), (2, b"data: [DONE]\n")]) == [(1, b"a"), (2, b"[DONE]")]
+    assert events(body_of([(1, b"data: a\n\n"), (2, b"data: [DONE]\n")])) == [(1, b"a"), (2, b"[DONE]")]
+
+
+@given(texts=st.lists(st.text("ab:", max_size=5), min_size=1, max_size=6), odd=st.integers(0, 5))
+def test_events_are_the_same_whether_each_came_in_a_piece_of_its_own_or_not(texts: list[str], odd: int) -> None:
+    whole = [b"data: " + text.encode() + b"\n\n" for text in texts]
+    at = odd % len(whole)
+    parted = [*whole[:at], whole[at][:3], whole[at][3:], *whole[at + 1 :]]
+    expected = [text.encode() for text in texts]
+    assert [data for _, data in events(body_of(list(enumerate(whole))))] == expected
+    assert [data for _, data in events(body_of(list(enumerate(parted))))] == expected
+
+
+EVENT = st.sampled_from([b'data: {"a": 1}', b"data: x", b": ping", b"event: e", b"data:y", b"data: ", b"data", b""])
+NEWLINE = st.sampled_from([b"\n", b"\n\n", b"\n\n", b"\r\n\r\n", b"\r"])
+
+
+@given(parts=st.lists(st.tuples(EVENT, NEWLINE), max_size=8), size=st.integers(1, 30))
+def test_the_quick_cut_of_events_is_the_general_one(parts: list[tuple[bytes, bytes]], size: int) -> None:
+    whole = b"".join(b"".join(part) for part in parts)
+    for pieces in (
+        [(number, b"".join(part)) for number, part in enumerate(parts)],
+        [(at, whole[at : at + size]) for at in range(0, len(whole), size)],
+    ):
+        response = body_of([piece for piece in pieces if piece[1]])
+        assert events(response) == wire._cut(response, whole)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +12,8 @@ from hypothesis import strategies as st
 
 from llmopt.bench.client.base import Exchange, Failure, Job
 from llmopt.bench.client.wire import Response
-from llmopt.bench.endpoints import ENDPOINTS, body
-from llmopt.bench.metrics.records import Record, read
+from llmopt.bench.endpoints import ENDPOINTS
+from llmopt.bench.metrics.records import CLASSES, Record, read
 
 
 def answer(data: bytes, *, status: int = 200, kind: str = "text/event-stream") -> Exchange:
@@ -26,7 +29,7 @@ def stream(*fields: Any, done: bool = True) -> Exchange:
 
 
 def completion(exchange: Exchange) -> Record:
-    return read(exchange, ENDPOINTS["completions"])
+    return read(exchange, "completions")
 
 
 def failure_of(exchange: Exchange) -> Failure:
@@ -45,7 +48,7 @@ def test_a_chunk_without_text_is_no_token() -> None:
 
 def test_reasoning_counts_as_the_first_token_of_a_chat() -> None:
     deltas = [{"role": "assistant", "content": ""}, {"reasoning_content": "hm"}, {"content": "yes"}, {"content": None}]
-    found = read(stream(*({"choices": [{"delta": delta}]} for delta in deltas)), ENDPOINTS["chat"])
+    found = read(stream(*({"choices": [{"delta": delta}]} for delta in deltas)), "chat")
     assert found.failure is None
     assert len(found.stamps_ns) == 2
 
@@ -65,7 +68,7 @@ def test_usage_repeated_in_every_chunk_is_the_last_one() -> None:
 def test_a_whole_answer_is_one_token_stamp_and_not_streamed() -> None:
     text = json.dumps({"choices": [{"text": "abc"}], "usage": {"completion_tokens": 3}}).encode()
     found = completion(answer(text, kind="application/json"))
-    assert (found.streamed, found.tokens, found.stamps_ns, found.failure) == (False, 3, (5,), None)
+    assert (found.streamed, found.tokens, list(found.stamps_ns), found.failure) == (False, 3, [5], None)
 
 
 @pytest.mark.parametrize("end", [{"choices": [{"finish_reason": "length"}]}, {"usage": {"total_tokens": 2}}])
@@ -113,7 +116,7 @@ def test_a_failure_on_the_wire_keeps_the_tokens_before_it() -> None:
     response.feed(6, b'data: {"choices": [{"text": "a"}]}\n\ndata: {"choi')
     late = Failure("timeout", "no end within 1 s")
     found = completion(Exchange(Job(b"", 0), None, 0, 9, response, late))
-    assert found.stamps_ns == (6,)
+    assert list(found.stamps_ns) == [6]
     assert found.failure == late
 
 
@@ -133,15 +136,38 @@ KEYS = st.sampled_from(["choices", "text", "usage", "error", "delta"])
     )
 )
 def test_any_json_event_makes_a_record(fields: Any) -> None:
-    for endpoint in ENDPOINTS.values():
+    for endpoint in ENDPOINTS:
         read(stream(fields), endpoint)
 
 
-def test_the_request_asks_for_a_greedy_stream_of_exact_length_with_usage() -> None:
-    sent = json.loads(body(ENDPOINTS["completions"], model="m", prompt="hello", output_tokens=9))
-    assert sent == {
-        "model": "m", "prompt": "hello", "max_tokens": 9, "temperature": 0, "ignore_eos": True, "stream": True,
-        "stream_options": {"include_usage": True},
-    }  # fmt: skip
-    chat = json.loads(body(ENDPOINTS["chat"], model="m", prompt="hello", output_tokens=9))
-    assert chat["messages"] == [{"role": "user", "content": "hello"}]
+def test_a_server_that_limits_the_rate_says_how_long_to_wait() -> None:
+    response = Response()
+    response.feed(5, b"HTTP/1.1 429 X\r\nretry-after: 7\r\ncontent-length: 4\r\n\r\nslow")
+    found = read(Exchange(Job(b"", 0), None, 0, 9, response, None), "chat")
+    assert found.failure == Failure("http_429", "HTTP 429: slow (Retry-After: 7)")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, "http_401"), (403, "http_403"), (418, "http_4xx"), (502, "http_5xx")]
+)
+def test_a_status_has_its_class(status: int, kind: str) -> None:
+    assert failure_of(answer(b"{}", status=status)).kind == kind
+    assert kind in CLASSES
+
+
+def test_a_request_without_an_answer_keeps_what_is_known_of_it() -> None:
+    job = Job(b"", 3, turn=2, target=1, wanted_tokens=64)
+    found = read(Exchange(job, 5, 6, 7, None, Failure("refused", "no")), "chat")
+    assert (found.prompt, found.turn, found.target, found.due_ns, found.wanted_tokens) == (3, 2, 1, 5, 64)
+    assert (found.status, found.tokens, found.failure) == (0, 0, Failure("refused", "no"))
+
+
+def test_a_record_can_be_read_in_another_process() -> None:
+    found = completion(stream(TEXT, TEXT))
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert pickle.loads(pickle.dumps(partial(read, endpoint="chat")))(stream({"choices": []})).failure is not None
+
+
+def test_stamps_take_little_memory() -> None:
+    found = completion(stream(*[TEXT] * 1000))
+    assert sys.getsizeof(found.stamps_ns) < 10 * 1000
