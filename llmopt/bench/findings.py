@@ -71,14 +71,15 @@ def judge(levels: Sequence[Level], settings: BenchSettings, look: int) -> Judgem
         for each in group:
             compact = _compact([each], settings)
             for metric in settings.gate_metrics:
-                value = compact.get(metric)
-                sides = paired.setdefault(label, {}).setdefault(metric, ([], []))
+                form = next((form for form in names.forms(metric) if compact.get(form) is not None), metric)
+                value = compact.get(form)
+                sides = paired.setdefault(label, {}).setdefault(form, ([], []))
                 sides[subject == "candidate"].append(float(value) if isinstance(value, int | float) else 0.0)
     there = {
         label: {metric: sides for metric, sides in metrics.items() if any(sides[0]) or any(sides[1])}
         for label, metrics in paired.items()
     }
-    metrics = [metric for metric in settings.gate_metrics if any(metric in found for found in there.values())]
+    metrics = list(dict.fromkeys(metric for found in there.values() for metric in found))
     return verdict.judge(
         there,
         margin=settings.margin,

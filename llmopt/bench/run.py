@@ -237,7 +237,8 @@ class _Bench:
                 return Measured(figures=figures, valid=validity.invalid(found) is None, meets=meets)
 
             kind: Kind = "rate" if settings.sweep == "rate" else "streams"
-            self.sweep = sweep(measure, kind=kind)
+            since_due = kind == "rate"
+            self.sweep = sweep(measure, kind=kind, latency="e2e_scheduled_ms_p50" if since_due else "e2e_ms_p50")
 
     @contextmanager
     def _serve(self, subject: Subject) -> Iterator[Served]:

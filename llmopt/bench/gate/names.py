@@ -37,6 +37,7 @@ _SCALARS: dict[str, Better] = {
     "errors": "lower",
     "joules_per_token": "lower",
 }
+_SINCE_DUE = {"ttft_ms": "ttft_scheduled_ms", "e2e_ms": "e2e_scheduled_ms"}
 _BEYOND = 10  # requests that have to lie beyond a percentile before it is more than chance
 
 
@@ -61,6 +62,16 @@ def split(figure: str) -> tuple[str, str | None]:
         known = ", ".join(f"`{name}`" for name in PERCENTILES)
         raise SettingsError(f"`{figure}`: reports have no `{other}`", hint=f"take one of {known}")
     raise SettingsError(f"there is no figure `{figure}`", hint=nearest(figure, [*names(), *TIMES]))
+
+
+def forms(figure: str) -> tuple[str, ...]:
+    """What is judged for `figure`, the first that a report has: of an open loop the time since a request was due.
+
+    Counted from its sending, whatever holds requests back would make a slow server look quick (coordinated omission).
+    """
+    metric, percentile = split(figure)
+    own = joined(metric, percentile)
+    return (joined(_SINCE_DUE[metric], percentile), own) if metric in _SINCE_DUE else (own,)
 
 
 def joined(metric: str, percentile: str | None) -> str:

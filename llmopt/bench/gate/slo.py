@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmopt.artifacts.outcome import Json
-from llmopt.bench.gate.names import SHARES, TIMES, better, joined, split
+from llmopt.bench.gate.names import SHARES, TIMES, better, forms, joined, split
 from llmopt.errors import SettingsError
 
 Operator = Literal["<=", ">=", "<", ">"]
@@ -49,14 +49,18 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """A threshold beside the figure; `value` None: the report has no such figure, which does not meet anything."""
+    """A threshold beside the figure; `value` None: the report has no such figure, which does not meet anything.
+
+    `figure` is the one that was held against it: of an open loop the time since a request was due.
+    """
 
     slo: Slo
+    figure: str
     value: float | None
     met: bool
 
     def to_json(self) -> dict[str, Json]:
-        return {"slo": str(self.slo), "value": self.value, "met": self.met}
+        return {"slo": str(self.slo), "figure": self.figure, "value": self.value, "met": self.met}
 
 
 def parse(text: str) -> Slo:
@@ -102,8 +106,9 @@ def check(slos: Iterable[Slo], figures: Mapping[str, Json]) -> list[Checked]:
     found = []
     for slo in slos:
         if not slo.of_each_request:
-            value = _value(slo, figures)
-            found.append(Checked(slo=slo, value=value, met=value is not None and slo.met_by(value)))
+            figure = next((form for form in forms(slo.figure) if figures.get(form) is not None), slo.figure)
+            value = _value(figure, figures)
+            found.append(Checked(slo=slo, figure=figure, value=value, met=value is not None and slo.met_by(value)))
     return found
 
 
@@ -112,9 +117,9 @@ def broken(slos: Iterable[Slo], figures: Mapping[str, Json]) -> list[Checked]:
     return [checked for checked in check(slos, figures) if not checked.met]
 
 
-def _value(slo: Slo, figures: Mapping[str, Json]) -> float | None:
-    value = figures.get(slo.figure)
-    if slo.figure == "error_share" and value is None:
+def _value(figure: str, figures: Mapping[str, Json]) -> float | None:
+    value = figures.get(figure)
+    if figure == "error_share" and value is None:
         errors, requests = figures.get("errors"), figures.get("requests")
         if isinstance(errors, int) and isinstance(requests, int) and requests:
             return errors / requests

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmopt.artifacts.outcome import Json
 from llmopt.bench.gate import statistics
-from llmopt.bench.gate.names import GATED, better, joined, names, split
+from llmopt.bench.gate.names import GATED, better, forms, joined, names, split
 from llmopt.bench.gate.verdict import Comparison, Judgement, check, decided, in_words, overall, settled, unknown
 from llmopt.errors import LlmoptError, MeasurementInvalidError, nearest
 
@@ -63,8 +63,10 @@ def against_report(
         )
     found = []
     for level in levels:
-        for metric in metrics or GATED:
-            pair = figure(theirs[level], metric), figure(ours[level], metric)
+        for asked in metrics or GATED:
+            both = ((form, figure(theirs[level], form), figure(ours[level], form)) for form in forms(asked))
+            there = next((found for found in both if None not in found), None)
+            metric, *pair = there or (asked, figure(theirs[level], asked), figure(ours[level], asked))
             if metrics and None in pair:
                 which = "baseline" if pair[0] is None else "candidate"
                 hint = nearest(metric, [name for name in names() if figure(theirs[level], name) is not None])

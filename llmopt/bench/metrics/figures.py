@@ -39,6 +39,7 @@ CONVENTIONS: Mapping[str, str] = {
     "goodput_per_s": "requests that meet every limit on a request, counted as requests_per_s",
     "goodput_share": "requests that meet every limit on a request, as a share of all that were sent in the window",
     "goodput": "a limit on itl_ms holds for every gap of a request; a figure that a request lacks breaks no limit",
+    "judged": "thresholds, goodput and comparisons on ttft_ms and e2e_ms count from the schedule where there is one",
     "tokens": "by the server's usage, or chunks with output where it sends none",
     "usage_share": "answers with the server's own count of output tokens, as a share of all",
     "cached_share": "tokens of the prompts that the server says it had in its prefix cache, as a share of all of them",

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from llmopt.bench.gate.names import forms
 from llmopt.bench.metrics.intervals import Floats, Ints
 from llmopt.bench.metrics.records import Record
 
@@ -82,10 +83,14 @@ class Sample:
         }
 
     def met(self, limits: Mapping[str, float]) -> Bools:
-        """Which requests meet every limit; a limit on `itl_ms` holds for every gap."""
+        """Which requests meet every limit: one on `itl_ms` holds for every gap, one on a latency since it was due."""
         good = np.ones(len(self), dtype=bool)
         for name, limit in limits.items():
-            good &= ~(self.times["itl_request_max_ms" if name == "itl_ms" else name] > limit)
+            times_ms = self.times["itl_request_max_ms" if name == "itl_ms" else name]
+            since_due = forms(name)[0]
+            if since_due != name:
+                times_ms = np.fmax(times_ms, self.times[since_due])  # the later of both; NaN where nothing was due
+            good &= ~(times_ms > limit)
         return good
 
     def tokens_between(self, begin_ns: int, end_ns: int) -> float:

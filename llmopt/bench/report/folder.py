@@ -56,7 +56,9 @@ def rounds_of(report: Mapping[str, Any]) -> dict[str, dict[str, tuple[list[float
     found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for level in sides[1]:
         for metric in names.GATED:
-            base, cand = ([each.get(metric) or 0.0 for each in side.get(level, {}).get("rounds", ())] for side in sides)
+            rounds = [side.get(level, {}).get("rounds", ()) for side in sides]
+            form = next((form for form in names.forms(metric) if any(each.get(form) for each in rounds[1])), metric)
+            base, cand = ([each.get(form) or 0.0 for each in of] for of in rounds)
             if base and cand and all(base + cand):
-                found.setdefault(level, {})[metric] = (base, cand)
+                found.setdefault(level, {})[form] = (base, cand)
     return found

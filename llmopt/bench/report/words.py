@@ -138,6 +138,7 @@ def _objective(slo: Report, limits: str) -> Check:
     of = f" of requests with {limits}" if limits and str(slo["slo"]).startswith("goodput") else ""
     where = f"`{slo['subject']}` at {slo['level']}"
     was = "was not measured" if value is None else f"was {told(str(slo['slo']).partition('>')[0], value)}"
+    was += " since requests were due" if "_scheduled_" in str(slo.get("figure", "")) else ""
     return Check(
         group="slo",
         name=f"{slo['slo']} ({slo['subject']} at {slo['level']})",

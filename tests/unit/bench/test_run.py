@@ -76,6 +76,26 @@ def test_a_limit_in_flight_makes_requests_late_which_is_told(truth: Any, tmp_pat
     assert "for want of a place among 1 in flight" in str(outcome.events)
 
 
+def test_thresholds_of_an_open_loop_count_from_when_requests_were_due(truth: Any, tmp_path: Path) -> None:
+    """A server that answers one at a time looks quick to whoever counts from the sending."""
+    slos = ["ttft_ms_p90<=200", "ttft_ms<=200"]
+    bench(truth.url("ttft=30"), tmp_path, rate=100, in_flight=1, arrivals="constant", requests=20, slo=slos)
+    report = report_in(tmp_path)
+    assert report["results"]["candidate"]["r100"]["ttft_ms"]["p90"] < 200
+    assert report["gate"]["verdict"] == "fail"
+    assert [each["figure"] for each in report["gate"]["slo"]] == ["ttft_scheduled_ms_p90", "goodput_share"]
+    assert not any(each["met"] for each in report["gate"]["slo"])
+    assert "since requests were due" in (tmp_path / "report.md").read_text()
+
+
+def test_a_comparison_at_a_rate_counts_from_when_requests_were_due(truth: Any, tmp_path: Path) -> None:
+    subjects = {side: Subject(name=side, url=truth.url("ttft=5")) for side in ("candidate", "baseline")}
+    settings = {"rate": 100, "arrivals": "constant", "requests": 4, "output_tokens": 3, "warmup": 0, "rounds": 6}
+    measure(subjects, resolve(settings), tmp_path, silent)
+    compared = [each["metric"] for each in report_in(tmp_path)["gate"]["comparisons"]]
+    assert compared == ["ttft_scheduled_ms_p50", "tpot_ms_p50", "e2e_scheduled_ms_p50", "tokens_per_s"]
+
+
 def test_a_trace_is_replayed_at_its_times(truth: Any, tmp_path: Path) -> None:
     seen = len(truth.log())
     bench(truth.url(), tmp_path, workload=trace(tmp_path, [0, 100, 300]), requests=None, prompt_tokens=None,

@@ -63,7 +63,7 @@ def test_a_figure_at_its_limit_meets_it_unless_it_has_to_be_below() -> None:
 
 def test_a_figure_that_the_report_lacks_meets_nothing() -> None:
     (checked,) = slo.broken([slo.parse("ttft_ms_p99<=200")], {"ttft_ms_p99": None})
-    assert checked.to_json() == {"slo": "ttft_ms_p99<=200", "value": None, "met": False}
+    assert checked.to_json() == {"slo": "ttft_ms_p99<=200", "figure": "ttft_ms_p99", "value": None, "met": False}
 
 
 def test_a_limit_of_each_request_defines_goodput_and_asks_99_percent_of_it() -> None:
@@ -90,3 +90,9 @@ def test_a_percentile_far_out_needs_many_requests(figure: str, least: int) -> No
 
 def test_the_figures_compared_by_default_exist() -> None:
     assert set(GATED) <= set(names())
+
+
+def test_a_latency_counts_from_the_schedule_where_there_is_one() -> None:
+    closed, open_loop = {"ttft_ms_p99": 10.0}, {"ttft_ms_p99": 10.0, "ttft_scheduled_ms_p99": 900.0}
+    slos = slo.parse_all(["ttft_p99_ms<=200"])
+    assert [slo.check(slos, figures)[0].met for figures in (closed, open_loop)] == [True, False]
