@@ -112,15 +112,7 @@ def main(engine: Path) -> int:
         folder = EngineFolder.read(engine)
         blocks = folder.kv_blocks(MAX_BATCH, available_bytes())
         requests = Requests(folder, min(folder.max_context_tokens, (blocks - 1) * BLOCK_TOKENS))
-        started = worker.start(
-            {
-                "path": str(folder.path),
-                "properties": dict(folder.properties),
-                "kv_blocks": blocks,
-                "max_batch": MAX_BATCH,
-                "eos_token_ids": list(folder.eos_token_ids),
-            }
-        )
+        started = worker.start(folder.configuration(blocks, MAX_BATCH))
     except (LlmoptError, RuntimeError) as error:
         _send(out, {"fatal": next(iter(str(error).splitlines()), type(error).__name__)})
         return 1

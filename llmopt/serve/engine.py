@@ -64,7 +64,7 @@ class Engine:
             raise
         engine = cls(process, writer, min(folder.max_context_tokens, (blocks - 1) * BLOCK_TOKENS))
         try:
-            engine._send(_configuration(folder, blocks, max_batch, cache_dir))
+            engine._send(folder.configuration(blocks, max_batch, cache_dir))
             await engine._loaded(reader)
         except BaseException:
             await engine.stop()
@@ -151,16 +151,3 @@ async def _spawn(connection: socket.socket) -> asyncio.subprocess.Process:
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C in a terminal is for the server alone
     )
-
-
-def _configuration(folder: EngineFolder, blocks: int, max_batch: int, cache_dir: Path | None) -> dict[str, Any]:
-    properties = dict(folder.properties)
-    if cache_dir is not None:
-        properties["CACHE_DIR"] = str(cache_dir)
-    return {
-        "path": str(folder.path),
-        "properties": properties,
-        "kv_blocks": blocks,
-        "max_batch": max_batch,
-        "eos_token_ids": list(folder.eos_token_ids),
-    }

@@ -73,6 +73,16 @@ class EngineFolder:
         wanted = max_batch * blocks_for(self.max_context_tokens)
         return min(wanted, max(memory_bytes // 2 // (self.kv_bytes_per_token * BLOCK_TOKENS), 2))
 
+    def configuration(self, blocks: int, max_batch: int, cache_dir: Path | None = None) -> dict[str, Any]:
+        """What the process that owns the runtime is told, as JSON."""
+        return {
+            "path": str(self.path),
+            "properties": {**self.properties, **({} if cache_dir is None else {"CACHE_DIR": str(cache_dir)})},
+            "kv_blocks": blocks,
+            "max_batch": max_batch,
+            "eos_token_ids": list(self.eos_token_ids),
+        }
+
 
 def blocks_for(tokens: int) -> int:
     """Blocks that a sequence of `tokens` can hold at most: one more than it fills, for the step in flight."""
