@@ -73,7 +73,8 @@ def test_nobody_takes_less_cpu_or_is_nearer_to_the_truth(streams: int) -> None:
     rows = {}
     for name in clients.names():
         rows[name] = clients.measure(name, streams=streams, requests=ROUNDS[streams] * streams)
-        print(f"\n{streams} streams\n{clients.table(rows)}")
+        print(f"{name} at {streams} streams: done")
+    print(f"\n{streams} streams\n{clients.table(rows)}")
     ours = rows.pop("llmopt client")
     peers = {name: row for name, row in rows.items() if not name.startswith("llmopt")}
     skip_if_busy(any(off(ours) > max(off(row), selftest.MANY.ttft_p50) for row in peers.values()))
