@@ -98,7 +98,7 @@ def against_report(report: Mapping[str, Any], baseline: Path, settings: BenchSet
         read_report(baseline),
         margin=settings.margin,
         alpha=settings.alpha,
-        metrics=None if settings.gate_metrics == type(settings)().gate_metrics else settings.gate_metrics,
+        metrics=None if settings.gate_metrics == names.GATED else settings.gate_metrics,
     )
 
 

@@ -39,7 +39,7 @@ def make(results: Sequence[Path], settings: BenchSettings, out: Path, baseline: 
         "schema": folder.SCHEMA,
         **imported.report(),
         "ratio": {},
-        "settings": {"imported": [path.name for path in results]},
+        "settings": {"imported": [path.name for path in results], "slo": list(settings.slo)},
         "environment": environment(),
     }
     report["notes"] = [*report["notes"], "the environment is that of the machine that imported it"]

@@ -98,7 +98,7 @@ class Loader:
     progress: Progress
     headers: tuple[tuple[str, str], ...] = field(repr=False)
     secrets: tuple[str, ...] = field(repr=False)
-    processes: int = 1
+    processes: int = field(init=False)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

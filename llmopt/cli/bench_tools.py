@@ -115,8 +115,8 @@ def calibrate(
 def history(
     report: Annotated[str | None, opt.argument(metavar="[REPORT]")] = None,
     metrics: Annotated[
-        str, opt.option("--metrics", metavar="F,F", help="Which figures.", show_default=True)
-    ] = "ttft_ms_p50,tpot_ms_p50,e2e_ms_p50,tokens_per_s",
+        str | None, opt.option("--metrics", metavar="F,F", help="Which figures [those that a gate compares].")
+    ] = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -126,12 +126,13 @@ def history(
 
     Alike are those of the same settings on the same machine, whatever was loaded.
     """
+    from llmopt.bench.gate.names import GATED
     from llmopt.pipeline import history as stored
     from llmopt.pipeline import inputs
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     found = stored.reports(session.store, None if report is None else inputs.resolve(session.store, report).id)
-    series = stored.series(found, [metric.strip() for metric in metrics.split(",")])
+    series = stored.series(found, GATED if metrics is None else [metric.strip() for metric in metrics.split(",")])
     lines = []
     for one in series:
         first, last = _day(one.reports[0]), _day(one.reports[-1])

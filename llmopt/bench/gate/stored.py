@@ -36,10 +36,6 @@ class Run:
     deviation: float | None
     freedom: float
 
-    @property
-    def has_rounds(self) -> bool:
-        return len(self.values) >= _LEAST_ROUNDS
-
 
 def against_report(
     candidate: Report,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,3 +59,33 @@ def llmopt(store: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[RunComman
 
     yield run
     signal.signal(signal.SIGTERM, before)
+
+
+OnATerminal = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def on_a_terminal() -> OnATerminal:
+    """on_a_terminal(code, "argument", NO_COLOR="1") -> stdout of that Python, and what a terminal on stderr got."""
+
+    def run(work: str, *arguments: str, **environment: str) -> tuple[str, str]:
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", **environment}
+        command = [sys.executable, "-c", work, *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+        os.close(theirs)
+        sent = bytearray()
+        with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
+            while True:
+                try:
+                    part = terminal.read(4096)
+                except OSError:  # EIO: so Linux says that the other side has closed
+                    break
+                if not part:
+                    break
+                sent += part
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, sent.decode()
+        return out.decode(), sent.decode()
+
+    return run

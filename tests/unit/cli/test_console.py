@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -22,6 +21,8 @@ Llmopt = Callable[..., Any]
 EVAL = ("--windows", 2, "--seq-len", 32)
 
 #: Three blocks, the first of them done by an earlier process, and something to know about the second.
+OnATerminal = Callable[..., tuple[str, str]]
+
 WORK = """
 import sys
 from llmopt.cli import console
@@ -40,30 +41,8 @@ print(before, "rich" in sys.modules)
 """
 
 
-def on_a_terminal(*arguments: str, **environment: str) -> tuple[str, str]:
-    """stdout, and what a terminal on stderr was sent, of `WORK`."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", **environment}
-    command = [sys.executable, "-c", WORK, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
-    os.close(theirs)
-    sent = bytearray()
-    with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
-        while True:
-            try:
-                part = terminal.read(4096)
-            except OSError:  # EIO: so Linux says that the other side has closed
-                break
-            if not part:
-                break
-            sent += part
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, sent.decode()
-    return out.decode(), sent.decode()
-
-
-def test_a_terminal_gets_a_bar() -> None:
-    out, sent = on_a_terminal(NO_COLOR="")
+def test_a_terminal_gets_a_bar(on_a_terminal: OnATerminal) -> None:
+    out, sent = on_a_terminal(WORK, NO_COLOR="")
     assert out == "done\n[] True\n"  # rich came with the first step, not before
     for piece in (
         "quantize",
@@ -87,29 +66,29 @@ def test_the_worst_linear_is_named_once_and_in_full(name: str, capfd: pytest.Cap
     assert "worst relative error 0.1000 in model.layers.3.mlp.up_proj" in capfd.readouterr().err
 
 
-def test_lines_that_are_no_block_are_shown_above_the_bar() -> None:
-    _, sent = on_a_terminal()
+def test_lines_that_are_no_block_are_shown_above_the_bar(on_a_terminal: OnATerminal) -> None:
+    _, sent = on_a_terminal(WORK)
     assert "reading [the] model" in sent
     assert "`down_proj` rounded to nearest [really]" in sent
     assert "block 1/3" not in sent
 
 
-def test_verbose_shows_the_blocks_too() -> None:
-    assert "block 1/3: fine" in on_a_terminal("verbose")[1]
+def test_verbose_shows_the_blocks_too(on_a_terminal: OnATerminal) -> None:
+    assert "block 1/3: fine" in on_a_terminal(WORK, "verbose")[1]
 
 
-def test_no_color_is_a_bar_without_colour() -> None:
-    _, sent = on_a_terminal(NO_COLOR="1")
+def test_no_color_is_a_bar_without_colour(on_a_terminal: OnATerminal) -> None:
+    _, sent = on_a_terminal(WORK, NO_COLOR="1")
     assert "3/3 blocks" in sent
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", sent)
 
 
-def test_quiet_has_no_bar() -> None:
-    assert on_a_terminal("quiet") == ("done\n[] False\n", "")
+def test_quiet_has_no_bar(on_a_terminal: OnATerminal) -> None:
+    assert on_a_terminal(WORK, "quiet") == ("done\n[] False\n", "")
 
 
-def test_a_dumb_terminal_gets_lines() -> None:
-    out, sent = on_a_terminal(TERM="dumb")
+def test_a_dumb_terminal_gets_lines(on_a_terminal: OnATerminal) -> None:
+    out, sent = on_a_terminal(WORK, TERM="dumb")
     assert out == "done\n[] False\n"
     assert sent.replace("\r\n", "\n").splitlines() == [
         "reading [the] model", "block 1/3: fine", "block 2/3: fine", "`down_proj` rounded to nearest [really]",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
-import pty
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
@@ -16,6 +14,8 @@ from llmopt.artifacts.outcome import Json
 from llmopt.cli.live import LoadView, sparkline
 
 #: Two loads of one bench, each told of twice a second for a minute, in no time.
+OnATerminal = Callable[..., tuple[str, str]]
+
 WORK = """
 import sys
 from llmopt.cli import console
@@ -47,28 +47,6 @@ def watched(*steps: dict[str, Json]) -> LoadView:
     for step in steps:
         view.update(step)
     return view
-
-
-def on_a_terminal(*arguments: str) -> tuple[str, str]:
-    """stdout, and what a terminal on stderr was sent."""
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30", "NO_COLOR": "1"}
-    command = [sys.executable, "-c", WORK, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment)
-    os.close(theirs)
-    sent = bytearray()
-    with contextlib.closing(os.fdopen(ours, "rb", buffering=0)) as terminal:
-        while True:
-            try:
-                part = terminal.read(4096)
-            except OSError:  # EIO: so Linux says that the other side has closed
-                break
-            if not part:
-                break
-            sent += part
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, sent.decode()
-    return out.decode(), sent.decode()
 
 
 def test_it_says_what_is_happening() -> None:
@@ -129,8 +107,8 @@ def test_a_sparkline_shows_all_that_is_not_nothing() -> None:
     assert "".join(sparkline([])) == ""
 
 
-def test_a_terminal_sees_the_load_below_the_bar() -> None:
-    out, sent = on_a_terminal()
+def test_a_terminal_sees_the_load_below_the_bar(on_a_terminal: OnATerminal) -> None:
+    out, sent = on_a_terminal(WORK, NO_COLOR="1")
     assert out == "done\n"
     for piece in (
         "candidate c4, round 2",
