@@ -18,8 +18,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden" / "trt_llm"))
-import modelopt_cases  # noqa: E402
-from modelopt_cases import CASES, GOLDEN, Case  # noqa: E402
+import modelopt_cases
+from modelopt_cases import CASES, GOLDEN, Case
 
 pytestmark = [
     pytest.mark.judge,
@@ -42,7 +42,8 @@ def export(case: Case, out: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).to(getattr(torch, case.dtype))
     weights = {name: torch.from_numpy(array) for name, array in modelopt_cases.weights(case).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert (set(missing) <= {"lm_head.weight"}) and not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
     model.config.architectures = architectures  # decides the architecture of the checkpoint
     if case.preset is not None:
         settings = copy.deepcopy(getattr(mtq, case.preset))
