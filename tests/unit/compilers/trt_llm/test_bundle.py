@@ -206,8 +206,8 @@ def test_fewer_kv_heads_than_gpus_are_repeated(make_checkpoint: Any) -> None:
 
 
 def test_a_model_without_an_implementation_is_refused(make_checkpoint: Any) -> None:
-    with pytest.raises(LlmoptError, match="no model of the type `gpt_neox`"):
-        bundle.check(make_checkpoint("gpt_neox", hidden_size=128), BUNDLE)
+    with pytest.raises(LlmoptError, match="no model of the type `gemma2`"):
+        bundle.check(make_checkpoint("gemma2", sliding_window=20), BUNDLE)
 
 
 def test_a_missing_tokenizer_is_told(make_checkpoint: Any, tmp_path: Path) -> None:
