@@ -87,8 +87,8 @@ def _engine(folder: Path, *, tokenizer: Path | None) -> Report:
     seen = _look(tensors, unfit, faults)
     if config is not None:
         _check_ranks(config, seen, faults)
-    for file, found in tensors.items():
-        _check_kv_scales(file, found, seen[file], faults)
+        for file, found in tensors.items():
+            _check_kv_scales(file, found, seen[file], faults)
     digests = 0 if sums is None else sums.compare(seen, faults)
     if tokenizer is not None:
         check_tokenizer(tokenizer, None if config is None else config.vocab_size, faults)
