@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmopt.artifacts.outcome import silent
-from llmopt.compilers.inspection import CHECKSUMS, SCALES, record
+from llmopt.compilers.inspection import CHECKSUMS, SCALES
 from llmopt.compilers.trt_llm import bundle
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.compilers.trt_llm.validate import validate
@@ -107,7 +107,7 @@ def test_a_bundle_in_order_passes(copied: Any, name: str) -> None:
     folder, tensors = copied(name)
     report = validate(folder)
     assert (report.mode, report.tensors, report.digests) == ("bundle", len(tensors), 0)
-    record(folder)
+    validate(folder, record=True)
     assert validate(folder).digests > report.tensors
 
 
@@ -192,7 +192,7 @@ def test_a_head_that_is_gone_is_no_tied_one(copied: Any) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_tensors_that_changed_places_are_found_by_their_digests(copied: Any, name: str) -> None:
     folder, tensors = copied(name)
-    record(folder)
+    validate(folder, record=True)
     for suffix in {key.rpartition(".")[2] for key in tensors if ".mlp.up_proj." in key} - {"pre_quant_scale"}:
         up, gate = (f"model.layers.1.mlp.{each}_proj.{suffix}" for each in ("up", "gate"))
         if torch.equal(tensors[up].float(), tensors[gate].float()):
@@ -250,7 +250,7 @@ def test_a_missing_quantization_config_is_found(copied: Any) -> None:
 
 def test_any_edit_is_found_by_the_digest_of_the_file(copied: Any) -> None:
     folder, _ = copied("plain")
-    record(folder)
+    validate(folder, record=True)
     edit(folder / "config.json", [], rms_norm_eps=1e-3)
     assert "config.json: has changed since the checkpoint was prepared" in faults(folder)
     (folder / CHECKSUMS).unlink()
