@@ -16,7 +16,7 @@ def test_sagemakers_names_are_the_instances() -> None:
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
-    with pytest.raises(SettingsError, match="unknown hardware `g5.48xlrge`") as caught:
+    with pytest.raises(SettingsError, match=r"unknown hardware `g5\.48xlrge`") as caught:
         hardware.find("g5.48xlrge")
     assert caught.value.hint == "did you mean `g5.48xlarge`?"
 
