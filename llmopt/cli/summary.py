@@ -56,10 +56,14 @@ def planned(run: Run) -> str:
     return "\n".join([table(lines, left=4), *([""] if blocks else []), *blocks])
 
 
+#: What a pipeline is for, the first that it has: `--json` says that of its run.
+_MADE = ("compile-build", "compile", "quantize", "eval", "bench")
+
+
 def value(run: Run) -> dict[str, Any]:
     """For `--json`: a stage's own keys for the thing that was made (the engine, say), then all stages."""
     results = {step.name: step.result for step in run.steps if step.result is not None}
-    made = next((results[name] for name in ("compile", "quantize", "eval", "bench") if name in results), None)
+    made = next((results[name] for name in _MADE if name in results), None)
     return (made.to_json() if made else {}) | {
         "pipeline": run.pipeline,
         "cached": len(results) == len(run.steps) and all(result.cached for result in results.values()),
@@ -70,8 +74,9 @@ def value(run: Run) -> dict[str, Any]:
 
 def exit_code(run: Run) -> int:
     """What was only prepared goes before what a gate says."""
-    prepared = any(step.result is not None and step.result.status == "prepared" for step in run.steps)
-    return int(Exit.BACKEND_MISSING) if prepared else verdict.exit_code(run.metrics("bench"))
+    prepared = {step.name for step in run.steps if step.result is not None and step.result.status == "prepared"}
+    built = {step.name.removesuffix("-build") for step in run.steps if step.name.endswith("-build")}
+    return int(Exit.BACKEND_MISSING) if prepared - built else verdict.exit_code(run.metrics("bench"))
 
 
 def _artifacts(steps: Sequence[Step]) -> str:

@@ -21,6 +21,7 @@ _KINDS = {
     "model": "a checkpoint",
     "quantized-model": "a quantized model",
     "engine": "an engine",
+    "plan": "the plan of an engine",
     "report": "a report",
     "calibration": "a calibration set",
 }
