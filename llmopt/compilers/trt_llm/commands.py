@@ -4,8 +4,7 @@ The folder of a prepared artifact: `checkpoint/` (engine mode) or `model/` (bund
 `checkpoint/`, and what `files(settings)` gives, by name:
 
 - `commands.json`, from `commands(settings)`: `{"build": [[argv...], ...], "serve": [argv...]}` with the placeholders of
-  PLACEHOLDERS. `build` is empty for a bundle. The working directory is the artifact's folder, whose `serve.yaml` the
-  serving command names.
+  PLACEHOLDERS, `{prepared}` the artifact's folder. `build` is empty for a bundle.
 - `build_config.json`, from `build_config(settings)`: the same build by the names of `BuildConfig`; engine mode only.
 - `serve.yaml`, from `serve_yaml(settings)`: what `trtllm-serve` reads beside its flags.
 - `build.sh` (engine mode), `serve.sh`, `health.sh`, from `scripts(settings)`: the same commands for a person, to be
@@ -28,11 +27,10 @@ from llmopt.compilers.trt_llm import rules, versions
 if TYPE_CHECKING:
     from llmopt.compilers.trt_llm.settings import Settings
 
-PLACEHOLDERS = ("{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")
+PLACEHOLDERS = ("{prepared}", "{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")
 #: What the KV cache takes of the memory left beside the weights: TensorRT-LLM's own default. It is in the YAML because
 #: a `kv_cache_config` there replaces the one that the flags make.
 FREE_GPU_MEMORY_FRACTION = 0.9
-_CONFIG = "serve.yaml"
 _SCRIPTS = Path(__file__).with_name("scripts")
 #: The flags that are fields of BuildConfig; what is in none of these lists is one of PluginConfig.
 _BUILD_CONFIG_NAMES = (
@@ -95,13 +93,13 @@ def build_config(settings: Settings) -> dict[str, Json]:
 
 
 def serve_command(
-    settings: Settings, model: str = "{model}", *, port: str = "{port}", config: str = _CONFIG, tokenizer: str = "."
+    settings: Settings, model: str = "{model}", *, port: str = "{port}", prepared: str = "{prepared}"
 ) -> list[str]:
-    """`trtllm-serve` for a bundle, or for the engines in `model`, whose tokenizer lies in `tokenizer`."""
+    """`trtllm-serve` for a bundle, or for the engines in `model`; the YAML and an engine's tokenizer in `prepared`."""
     engine = settings.resolved_mode == "engine"
     argv = ["trtllm-serve", model, "--port", port]
     if engine:
-        argv += ["--tokenizer", tokenizer]
+        argv += ["--tokenizer", prepared]
         if versions.find(settings.version).at_least("1.0.0"):
             argv += ["--backend", "trt"]  # the default until then; from 1.0 it is PyTorch
     sizes = _sizes(settings)
@@ -112,7 +110,7 @@ def serve_command(
         argv += ["--ep_size", str(settings.expert_parallel)]
     if settings.trust_remote_code:
         argv += ["--trust_remote_code"]
-    argv += ["--extra_llm_api_options", config]
+    argv += ["--extra_llm_api_options", f"{prepared}/serve.yaml"]
     return argv + _flags("serve", {k: v for k, v in settings.serve.items() if versions.option("serve", k)})
 
 
@@ -196,10 +194,13 @@ def _json(value: Json) -> str:
 
 
 def _array(argv: Sequence[str], variables: Mapping[str, str]) -> str:
-    """The lines of a bash array: a flag and its values a line, `variables` in place of what they stand for."""
+    """The lines of a bash array: a flag and its values a line, a variable for each placeholder."""
     lines: list[str] = []
     for argument in argv:
-        word = f'"{variables[argument]}"' if argument in variables else shlex.quote(argument)
+        word = shlex.quote(argument)
+        for placeholder, variable in variables.items():
+            if placeholder in argument:
+                word = f'"{argument.replace(placeholder, variable)}"'
         if argument.startswith("--") or not lines or not lines[-1].startswith("--"):
             lines.append(word)
         else:
@@ -214,7 +215,7 @@ def _build_script(settings: Settings) -> str:
 
 def _serve_script(settings: Settings) -> str:
     engine = settings.resolved_mode == "engine"
-    variables = {"{model}": "$model", "{port}": "$port", _CONFIG: f"$here/{_CONFIG}", ".": "$here"}
+    variables = {"{model}": "$model", "{port}": "$port", "{prepared}": "$here"}
     return _fill(
         "serve.sh",
         settings,
