@@ -8,6 +8,8 @@ from typing import Literal
 
 from llmopt.artifacts.outcome import Json
 from llmopt.compilers import deploy
+from llmopt.compilers.trt_llm import rules, versions
+from llmopt.planner import hardware
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +22,8 @@ class Settings:
     checkpoint has scales for. Lengths are in tokens. build: further options of `trtllm-build`, serve: of
     `trtllm-serve` and its YAML, by TensorRT-LLM's own names. emit: deployments to write; url: where the artifact will
     lie for them; instance: the cloud instance they ask for.
+
+    Raises SettingsError for what `rules.check_settings` refuses.
     """
 
     target: Literal["tensorrt-llm"] = "tensorrt-llm"
@@ -46,3 +50,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         deploy.check_names(self.emit)
+        rules.check_settings(self)
+
+    @property
+    def resolved_mode(self) -> versions.Mode:
+        """`mode`, with auto replaced by what the version is used for."""
+        return versions.find(self.version).modes[0] if self.mode == "auto" else self.mode
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def architecture(self) -> str | None:
+        """As TensorRT-LLM's builds name it ("sm_90"); None where no GPU is named."""
+        return None if self.gpu is None else hardware.find(self.gpu).architecture
