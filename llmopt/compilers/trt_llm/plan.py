@@ -164,9 +164,7 @@ def _quantization(source: Source, settings: Settings) -> tuple[EngineConfig | No
 def _rank_bytes(source: Source, settings: Settings, engine: EngineConfig | None) -> tuple[int, ...]:
     """Exact for an engine; of a bundle what the server will share out, evenly, which is below its fullest rank."""
     if engine is not None:
-        return tuple(
-            sum(map(_part_bytes, layout(engine, rank).values())) for rank in range(engine.ranks)
-        )
+        return tuple(sum(map(_part_bytes, layout(engine, rank).values())) for rank in range(engine.ranks))
     total = sum(info.size for info in source.checkpoint.tensors.values())
     return (-(-total // settings.gpus),) * settings.gpus
 
@@ -182,10 +180,13 @@ def _check_memory(plan: Plan) -> None:
         return
     device = hardware.find(gpu).memory_bytes
     if needed > _SHARE * device:
-        parts = {"weights": max(plan.rank_bytes), "activations": plan.activation_bytes, "a sequence": plan.sequence_bytes}
+        parts = {
+            "weights": max(plan.rank_bytes),
+            "activations": plan.activation_bytes,
+            "a sequence": plan.sequence_bytes,
+        }
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         raise LlmoptError(
             f"{needed / 1e9:.2f} GB do not fit into {_SHARE:.0%} of the {device / 1e9:.0f} GB of `{gpu}`: {listed}",
             hint="more `--tp`, fewer bits, or a smaller `--max-seq-len` or `--max-num-tokens`; `llmopt plan` compares",
         )
-

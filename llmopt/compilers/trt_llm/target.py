@@ -15,7 +15,7 @@ from llmopt.compilers.trt_llm.settings import Settings
 
 if TYPE_CHECKING:
     from llmopt.compilers.deploy.base import Deployment
-    from llmopt.compilers.trt_llm.build import Builder
+    from llmopt.compilers.trt_llm.builder import Builder
     from llmopt.compilers.trt_llm.plan import Plan
 
 #: What a prepared artifact has for the build alone, and an engine no longer needs.
@@ -74,8 +74,7 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeo
     """
     from llmopt.compilers.trt_llm import build
 
-    given = {} if timeout_s is None else {"timeout_s": timeout_s}
-    built = build.run(prepared, out, builder, progress=progress, **given)
+    built = build.run(prepared, out, builder, progress=progress, timeout_s=timeout_s or build.TIMEOUT_S)
     log = out / "build.log"
     byproducts = {"build.log": log.read_text(encoding="utf-8", errors="replace")}
     log.unlink()
@@ -83,12 +82,11 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeo
         byproducts["observed.json"] = json.dumps(built.observed, indent=2)
     for item in sorted(prepared.iterdir()):
         if item.name not in (*_FOR_THE_BUILD, "engine.json", "llmopt.json"):
-            (shutil.copytree if item.is_dir() else shutil.copyfile)(item, out / item.name, **_LINKED[item.is_dir()])
+            _link(item, out / item.name)
     said = json.loads((prepared / "engine.json").read_text(encoding="utf-8"))
-    kinds: list[Json] = sorted({gpu.name for gpu in built.gpus})
     about: dict[str, Json] = {
         "architecture": built.gpus[0].architecture,
-        "gpu": kinds,
+        "gpu": built.gpus[0].name,
         "driver": built.gpus[0].driver,
         "versions": dict(built.versions),
     }
@@ -162,6 +160,21 @@ def _deployment(made: Plan) -> Deployment:
         instance=settings.instance,
         serve=settings.serve,
     )
+
+
+def _link(source: Path, target: Path) -> None:
+    """A file or a folder once more, without a copy of its bytes where the disk allows that."""
+
+    def one(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=True)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=one)
+    else:
+        one(str(source), str(target))
 
 
 def _write(file: Path, text: str) -> None:
