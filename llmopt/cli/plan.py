@@ -289,7 +289,9 @@ def _notes(shape: ModelShape, found: Sequence[Option]) -> Iterator[str]:
         yield "note: `?`: price not known, give it with `--price`"
     yield "Predicted, not measured: TOKENS/s of output, of all replicas of the instances; MEMORY of the fullest device."
     for kind in sorted({option.hardware.kind for option in found} & set(EFFICIENCIES)):
-        yield f"{kind.upper()}: {EFFICIENCIES[kind].source}"
+        row = EFFICIENCIES[kind]
+        reached = f"{row.bandwidth:.0%} of the bandwidth and {row.compute:.0%} of the operations"
+        yield f"{kind.upper()}: {reached} are reached unless a row says otherwise, {row.source}"
     prices = sorted({row.price_source for row in (option.hardware for option in found) if row.price_usd_h is not None})
     for source in prices:
         yield f"prices: {source}"

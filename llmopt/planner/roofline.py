@@ -51,22 +51,22 @@ class Efficiency:
 
 EFFICIENCIES: Mapping[str, Efficiency] = {
     "gpu": Efficiency(
-        bandwidth=0.7,
+        bandwidth=0.65,
         compute=0.65,
         step_s=1e-3,
-        sequence_s=10e-6,
-        link=0.4,
+        sequence_s=5e-6,
+        link=0.5,
         latency_s=10e-6,
         source="fitted to 60 throughputs that NVIDIA published for TensorRT-LLM 1.0 (Llama 3 in FP8 on H100 and H200; "
-        "RMS error 14 %, and 17 to 28 % of mixtures not fitted); other GPUs are taken to be alike",
+        "RMS error 15 %, and 17 to 32 % of two mixtures not fitted); other GPUs are taken to be alike",
     ),
     "cpu": Efficiency(
         bandwidth=0.8,
         compute=0.65,
         step_s=0.5e-3,
         sequence_s=0,
-        source="as OpenVINO was measured with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC (0 to 40 % below "
-        "the measured rates); other CPUs are taken to be alike",
+        source="chosen by OpenVINO with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC (measured rates are "
+        "0 to 40 % above the predictions); other CPUs are taken to be alike",
     ),
 }
 
