@@ -187,6 +187,8 @@ def _check_scalar(row: Option, value: Json, where: str) -> None:
     }[str(row.kind)]
     if not fits:
         raise SettingsError(f"`{where}` must be {words}, not `{value}`", hint=f"source: {_source(row)}")
+    if isinstance(value, str) and "{" in value:  # of commands.json
+        raise SettingsError(f"`{where}` cannot hold a brace, which stands for a placeholder", hint="put it in a file")
     low, high = row.min, row.max
     if number and ((low is not None and value < low) or (high is not None and value > high)):  # type: ignore[operator]
         limits = [f"at least {low:g}"] if low is not None else []
@@ -306,7 +308,7 @@ def _engine_faults(settings: Settings) -> Iterator[Fault]:
     yield from _needs_faults(settings)
     workers = build.get("workers", 1)
     if isinstance(workers, int) and workers > settings.gpus:
-        yield f"`workers: {workers}` is more than the {settings.gpus} engines to build", "one an engine is all there is"
+        yield f"`workers: {workers}` is more than there are engines to build: {settings.gpus}", "lower it"
 
 
 def _context_attention_faults(settings: Settings) -> Iterator[Fault]:
