@@ -126,18 +126,20 @@ def compile_(
     if validate:
         return _validate(session, Path(source))
     delivery = Delivery(session, out=out, name=name)
-    with_builder = opt.builder(builder, timeout)
+    with_builder = opt.builder(builder)
     if resume:
         if with_builder is None:
             raise SettingsError(
                 "`--resume` needs to know what builds", hint="`--builder PYTHON` with tensorrt_llm, or `docker:IMAGE`"
             )
         prepared = inputs.resolve(session.store, source)
-        result = plan.build_engine(session.store, prepared, with_builder, session.console.progress)
+        result = plan.build_engine(session.store, prepared, with_builder, session.console.progress, timeout_s=timeout)
     else:
         settings = opt.overridden(opt.settings(profile, "compile", **given), overrides)
         model = inputs.model(session.store, source, session.console.progress)
-        result = plan.compile_model(session.store, model, settings, session.console.progress, builder=with_builder)
+        result = plan.compile_model(
+            session.store, model, settings, session.console.progress, builder=with_builder, timeout_s=timeout
+        )
     delivery.deliver(result)
     return int(Exit.BACKEND_MISSING if result.status == "prepared" else Exit.OK)
 

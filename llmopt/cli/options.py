@@ -17,7 +17,7 @@ from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
-    from llmopt.compilers.trt_llm.build import Builder as GpuBuilder
+    from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
 #: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
 option = partial(typer.Option, show_envvar=False)
@@ -96,13 +96,13 @@ def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[st
     return found
 
 
-def builder(text: str | None, timeout_s: float | None = None) -> GpuBuilder | None:
+def builder(text: str | None) -> GpuBuilder | None:
     """The value of `--builder`, checked as far as that needs no GPU; None without one."""
     if text is None:
         return None
-    from llmopt.compilers.trt_llm.build import Builder
+    from llmopt.compilers.trt_llm.builder import Builder
 
-    return Builder.parse(text, timeout_s=timeout_s)
+    return Builder.parse(text)
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

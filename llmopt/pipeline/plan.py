@@ -19,7 +19,7 @@ from llmopt.pipeline.runner import Stage, StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
-    from llmopt.compilers.trt_llm.build import Builder
+    from llmopt.compilers.trt_llm.builder import Builder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,18 +155,23 @@ def compile_model(
     progress: Progress,
     *,
     builder: Builder | None = None,
+    timeout_s: float | None = None,
 ) -> StageResult:
     """The engine of `llmopt compile`; one of a staged target is built only where there is a `builder`."""
     if not stages.is_staged(settings):
         return runner.run(store, stages.compile_(model, settings), progress)
     made = inputs.product(runner.run(store, stages.compile_plan(model, settings), progress))
     prepared = runner.run(store, stages.compile_prepare(model, made, settings), progress)
-    return prepared if builder is None else build_engine(store, inputs.product(prepared), builder, progress)
+    if builder is None:
+        return prepared
+    return build_engine(store, inputs.product(prepared), builder, progress, timeout_s=timeout_s)
 
 
-def build_engine(store: Store, prepared: Input, builder: Builder, progress: Progress) -> StageResult:
-    """The engine of a prepared artifact, built on this machine."""
-    return runner.run(store, stages.compile_build(prepared, builder), progress)
+def build_engine(
+    store: Store, prepared: Input, builder: Builder, progress: Progress, *, timeout_s: float | None = None
+) -> StageResult:
+    """The engine of a prepared artifact, built on this machine within so many seconds."""
+    return runner.run(store, stages.compile_build(prepared, builder, timeout_s=timeout_s), progress)
 
 
 def quantize_stage(

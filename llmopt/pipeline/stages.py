@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmopt.bench import Subject
     from llmopt.calibrate import Calibration, CalibrationSettings
     from llmopt.compilers.base import Staged, Target
-    from llmopt.compilers.trt_llm.build import Builder
+    from llmopt.compilers.trt_llm.builder import Builder
     from llmopt.quantizers import QuantizeSettings
 
 #: Keys of a section that name an input of the stage and are no setting of it.
@@ -249,17 +249,21 @@ def compile_prepare(model: Input, plan: Input, settings: Mapping[str, Any]) -> S
     )
 
 
-def compile_build(prepared: Input, builder: Builder) -> Stage:
+def compile_build(prepared: Input, builder: Builder, *, timeout_s: float | None = None) -> Stage:
     """The engine that a prepared artifact is for, built on this machine's GPU by the software that `builder` names.
 
-    Raises LlmoptError where the artifact, the GPU and the software do not belong together.
+    Its key has that software and the GPU, so both are looked at here. Raises BackendMissingError where they are not
+    what the artifact needs.
     """
     from llmopt import compilers
-    from llmopt.compilers.trt_llm import build, gpu
+    from llmopt.compilers.trt_llm import build, gpu, target
+    from llmopt.compilers.trt_llm import builder as builders
 
     inputs.require(prepared, "compile --resume", "engine")
-    probe = gpu.probe()
-    versions = builder.versions()
+    artifact = build.Prepared.read(prepared.path)
+    gpus, _ = build.refuse_mismatch(artifact, gpu.probe())
+    found = builders.versions(builder)
+    device = {"gpu": gpus[0].name, "arch": gpus[0].architecture, "driver": gpus[0].driver}
     return Stage(
         kind="engine",
         action=Action(
@@ -268,11 +272,11 @@ def compile_build(prepared: Input, builder: Builder) -> Stage:
             inputs=_ids(prepared=prepared),
             settings={},
             code=provenance.code_digest("compile.tensorrt-llm"),
-            deps=versions,
-            target=probe.target(),
+            deps={name: version for name, version in found.items() if version is not None},
+            target={name: value for name, value in device.items() if value is not None},
         ),
-        check=lambda: build.check(wanted, versions, probe),
-        produce=lambda out, progress: build.build(prepared.path, out, builder, probe, progress, timeout_s=timeout_s),
+        check=lambda: None,
+        produce=lambda out, progress: target.build(prepared.path, out, builder, progress, timeout_s),
     )
 
 

@@ -155,6 +155,8 @@ def scripts(settings: Settings) -> dict[str, str]:
 
 def _sizes(settings: Settings) -> dict[str, int]:
     """As TensorRT-LLM makes them: a pass never holds more tokens than all sequences have (check_max_num_tokens)."""
+    assert settings.max_input_len is not None  # `Settings.sized` has been there
+    assert settings.max_seq_len is not None
     most = settings.max_seq_len * settings.max_batch_size
     return {
         "max_batch_size": settings.max_batch_size,

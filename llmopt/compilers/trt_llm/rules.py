@@ -92,7 +92,7 @@ def _check_version(settings: Settings) -> Version:
 def _check_numbers(settings: Settings) -> None:
     for name in _SIZES + _PARALLEL:
         value = getattr(settings, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise SettingsError(f"`compile.{name}` cannot be `{value}`", hint="a whole number from 1 up")
     if settings.tensor_parallel % settings.expert_parallel:
         raise SettingsError(
@@ -212,7 +212,8 @@ def _chunked(settings: Settings) -> bool:
 
 def _faults(settings: Settings) -> Iterator[Fault]:
     """Those of both modes."""
-    if settings.max_input_len > settings.max_seq_len:  # builder.py clips it, or asserts
+    prompt, both = settings.max_input_len, settings.max_seq_len
+    if prompt is not None and both is not None and prompt > both:  # builder.py clips it, or asserts
         yield (
             f"`max_input_len: {settings.max_input_len}` is over `max_seq_len: {settings.max_seq_len}`",
             "`max_seq_len` counts the prompt and the answer: raise it, or lower `max_input_len`",
@@ -225,7 +226,7 @@ def _faults(settings: Settings) -> Iterator[Fault]:
             f"`max_num_tokens: {settings.max_num_tokens}` does not hold one token of each of {step} sequences",
             f"raise it to at least {step}, or lower `max_batch_size` (times `max_beam_width`)",
         )
-    if settings.max_input_len > settings.max_num_tokens and not _chunked(settings):
+    if prompt is not None and prompt > settings.max_num_tokens and not _chunked(settings):
         yield (
             f"a prompt of `max_input_len: {settings.max_input_len}` does not fit a pass of "
             f"`max_num_tokens: {settings.max_num_tokens}`",
