@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serve with TensorRT-LLM 1.3.0rc27 on 4 GPUs of sm_90: an OpenAI-compatible API.
-# Usage: [PYTHON=python3] [PORT=8000] ./serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
+# Usage: [PYTHON=python3] [PORT=8000] bash serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -47,6 +47,7 @@ command=(
   trtllm-serve
   "$model"
   --port "$port"
+  --served_model_name 'it'"'"'s a model'
   --max_batch_size 256
   --max_num_tokens 2048
   --max_seq_len 8192
@@ -57,6 +58,5 @@ command=(
   --trust_remote_code
   --extra_llm_api_options "$here/serve.yaml"
   --reasoning_parser qwen3
-  --served_model_name 'it'"'"'s a model'
 )
 exec "${command[@]}" "$@"

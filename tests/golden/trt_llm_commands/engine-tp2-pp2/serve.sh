@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serve with TensorRT-LLM 1.2.1 on 4 GPUs of sm_90: an OpenAI-compatible API.
-# Usage: [PYTHON=python3] [PORT=8000] ./serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
+# Usage: [PYTHON=python3] [PORT=8000] bash serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -41,7 +41,7 @@ check_gpus 'sm_90' 4
 
 model="$here/engine"
 port="${PORT:-8000}"
-[[ -d "$model" ]] || fail "\`$model\` is not there" "./build.sh makes it"
+[[ -d "$model" ]] || fail "\`$model\` is not there" "\`bash build.sh\` makes it"
 
 command=(
   trtllm-serve

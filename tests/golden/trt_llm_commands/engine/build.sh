@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the engines for TensorRT-LLM 1.2.1.
-# Usage: [PYTHON=python3] ./build.sh [FOLDER]    (engine/ beside this script)
+# Usage: [PYTHON=python3] bash build.sh [FOLDER]    (engine/ beside this script)
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

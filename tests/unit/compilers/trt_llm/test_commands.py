@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,9 +24,15 @@ from llmopt.compilers.trt_llm.settings import Settings
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "trt_llm_commands"
 
+
+def sized(**values: Any) -> Settings:
+    """Settings for a model of many positions."""
+    return Settings(**values).sized(131072)
+
+
 CASES = {
-    "bundle": Settings(),
-    "bundle-fp8-tp4": Settings(
+    "bundle": sized(),
+    "bundle-fp8-tp4": sized(
         version="1.3.0rc27",
         gpu="H100",
         kv_cache="fp8",
@@ -40,12 +47,12 @@ CASES = {
             "kv_cache_config": {"free_gpu_memory_fraction": 0.85, "enable_block_reuse": True},
             "cuda_graph_config": {"enable_padding": True, "max_batch_size": 256},
             "reasoning_parser": "qwen3",
-            "served_model_name": "it's a model",
         },
+        served_name="it's a model",
     ),
-    "engine": Settings(mode="engine"),
-    "engine-0.21": Settings(version="0.21.0", kv_cache="int8", max_input_len=512, max_seq_len=1024, max_batch_size=4),
-    "engine-tp2-pp2": Settings(
+    "engine": sized(mode="engine"),
+    "engine-0.21": sized(version="0.21.0", kv_cache="int8", max_input_len=512, max_seq_len=1024, max_batch_size=4),
+    "engine-tp2-pp2": sized(
         mode="engine",
         gpu="H100",
         tensor_parallel=2,
@@ -91,35 +98,35 @@ def flags(argv: list[str]) -> dict[str, str]:
 
 
 def test_an_engine_is_served_by_the_backend_that_was_the_default_until_1_0() -> None:
-    assert "--backend" not in commands.serve_command(Settings(version="0.21.0"))
-    assert flags(commands.serve_command(Settings(version="1.0.0")))["--backend"] == "trt"
-    assert "--backend" not in commands.serve_command(Settings(version="1.2.1"))
+    assert "--backend" not in commands.serve_command(sized(version="0.21.0"))
+    assert flags(commands.serve_command(sized(version="1.0.0")))["--backend"] == "trt"
+    assert "--backend" not in commands.serve_command(sized(version="1.2.1"))
 
 
 def test_a_pass_holds_no_more_tokens_than_all_sequences_have() -> None:
-    small = Settings(mode="engine", max_batch_size=2, max_input_len=64, max_seq_len=128)
+    small = sized(mode="engine", max_batch_size=2, max_input_len=64, max_seq_len=128)
     assert flags(commands.build_command(small))["--max_num_tokens"] == "256"
     assert commands.build_config(small)["max_num_tokens"] == 256
 
 
 def test_the_yaml_says_how_much_memory_the_cache_takes_whatever_else_it_says_of_the_cache() -> None:
-    plain = yaml.safe_load(commands.serve_yaml(Settings()))
+    plain = yaml.safe_load(commands.serve_yaml(sized()))
     assert plain["kv_cache_config"] == {"free_gpu_memory_fraction": 0.9}
-    own = Settings(serve={"kv_cache_config": {"enable_block_reuse": False}})
+    own = sized(serve={"kv_cache_config": {"enable_block_reuse": False}})
     said = yaml.safe_load(commands.serve_yaml(own))["kv_cache_config"]
     assert said == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
 
 
 def test_fast_builds_are_managed_weights_in_the_config() -> None:
-    config = commands.build_config(Settings(mode="engine", build={"fast_build": True, "log_level": "debug"}))
+    config = commands.build_config(sized(mode="engine", build={"fast_build": True, "log_level": "debug"}))
     assert config["plugin_config"] == {"manage_weights": True}
 
 
 def test_one_worker_builds_each_engine_unless_told_otherwise() -> None:
-    assert "--workers" not in commands.build_command(Settings(mode="engine"))
-    two = Settings(mode="engine", tensor_parallel=2)
+    assert "--workers" not in commands.build_command(sized(mode="engine"))
+    two = sized(mode="engine", tensor_parallel=2)
     assert flags(commands.build_command(two))["--workers"] == "2"
-    one = Settings(mode="engine", tensor_parallel=2, build={"workers": 1})
+    one = sized(mode="engine", tensor_parallel=2, build={"workers": 1})
     assert commands.build_command(one).count("--workers") == 1
 
 
@@ -174,7 +181,7 @@ for rank in ${RANKS-0}; do echo 'no engine' >"$2/rank$rank.engine"; done
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path, Settings(mode="engine", gpu="H100"))
+    return Machine(tmp_path, sized(mode="engine", gpu="H100"))
 
 
 def test_build_sh_builds_what_lies_beside_it(machine: Machine) -> None:
@@ -241,7 +248,7 @@ def test_build_sh_delivers_no_engine_that_is_not_whole(machine: Machine) -> None
 
 
 def test_build_sh_builds_all_ranks_on_one_gpu_and_serve_sh_wants_all(tmp_path: Path) -> None:
-    machine = Machine(tmp_path, Settings(mode="engine", tensor_parallel=2))
+    machine = Machine(tmp_path, sized(mode="engine", tensor_parallel=2))
     machine.capabilities, machine.environment["RANKS"] = ["8.9"], "0 1"
     built = machine.run("build.sh")
     assert built.returncode == 0, built.stderr
@@ -251,7 +258,7 @@ def test_build_sh_builds_all_ranks_on_one_gpu_and_serve_sh_wants_all(tmp_path: P
 
 
 def test_serve_sh_serves_the_engines_with_the_tokenizer_beside_them(machine: Machine) -> None:
-    assert "`./build.sh makes it" not in machine.run("serve.sh").stderr
+    assert "bash build.sh" in machine.run("serve.sh").stderr
     machine.run("build.sh")
     machine.environment["PORT"] = "8123"
     done = machine.run("serve.sh", "--host", "0.0.0.0")
@@ -267,7 +274,7 @@ def test_serve_sh_serves_the_engines_with_the_tokenizer_beside_them(machine: Mac
 def test_serve_sh_of_an_engine_that_is_not_built_names_build_sh(machine: Machine) -> None:
     done = machine.run("serve.sh")
     assert done.returncode == 1
-    assert "hint: ./build.sh makes it" in done.stderr
+    assert "hint: `bash build.sh` makes it" in done.stderr
 
 
 def test_serve_sh_of_a_bundle_needs_no_build(tmp_path: Path) -> None:
@@ -316,7 +323,7 @@ def server() -> Iterator[str]:
 
 def health(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "health.sh"
-    script.write_text(commands.scripts(Settings())["health.sh"], encoding="utf-8")
+    script.write_text(commands.scripts(sized())["health.sh"], encoding="utf-8")
     environment = {**os.environ, "no_proxy": "*"}
     return subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False, env=environment)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmopt import profiles
 from llmopt.compilers.trt_llm import rules
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import SettingsError
@@ -46,8 +47,12 @@ SIZES = [
     ({"max_batch_size": 0}, "`compile.max_batch_size` cannot be `0`", "from 1 up"),
     ({"tensor_parallel": -2}, "`compile.tensor_parallel` cannot be `-2`", "from 1 up"),
     ({"tensor_parallel": 4, "expert_parallel": 3}, "`expert_parallel: 3` does not divide", "divisor"),
-    ({"max_input_len": 9000}, "`max_input_len: 9000` is over `max_seq_len: 8192`", "raise it"),
-    ({"max_num_tokens": 4095}, "a prompt of `max_input_len: 4096` does not fit", "enable_chunked_prefill"),
+    ({"max_input_len": 9000, "max_seq_len": 8192}, "`max_input_len: 9000` is over `max_seq_len: 8192`", "raise it"),
+    (
+        {"max_num_tokens": 4095, "max_input_len": 4096},
+        "a prompt of `max_input_len: 4096` does not fit",
+        "enable_chunked_prefill",
+    ),
     ({"max_num_tokens": 63, "max_input_len": 32}, "does not hold one token of each of 64 sequences", "at least 64"),
     ({"max_num_tokens": 255, "max_input_len": 32, "max_beam_width": 4}, "each of 256 sequences", "at least 256"),
     ({"max_beam_width": 257, "max_batch_size": 1}, "`max_beam_width` cannot be `257`", "at most 256"),
@@ -58,6 +63,9 @@ SIZES = [
     ),
     ({"kv_cache": "int8"}, "a bundle has no INT8 KV cache", "`mode: engine`"),
     ({"gpu": "H1000"}, "unknown hardware `H1000`", "H100"),
+    ({"gpu": "T4"}, "TensorRT-LLM does not support `T4` (`sm_75`)", "`sm_80` to `sm_121`"),
+    ({"gpu": "c7i.8xlarge"}, "`c7i.8xlarge` has no NVIDIA GPU", "`gpu: H100`"),
+    ({"gpu": "g5.48xlarge", "tensor_parallel": 8, "pipeline_parallel": 2}, "has 8 GPUs, and tensor", "lower"),
 ]
 
 OPTIONS = [
@@ -86,7 +94,13 @@ OPTIONS = [
     ({"serve": {"kv_cache_config": 0.9}}, "must be a mapping, not `0.9`", "`name: ...`"),
     ({"serve": {"cuda_graph_config": {"batch_sizes": [1, "2"]}}}, "must be a whole number, not `2`", "source: "),
     ({"serve": {"decoding_config": {}}}, "cannot be set", "`speculative_config`"),
-    ({"serve": {"served_model_name": "m"}}, "TensorRT-LLM `1.2.1` has no `served_model_name`", "folder's name"),
+    ({"serve": {"served_model_name": "m"}}, "served_model_name` cannot be set", "`compile.served_name`"),
+    (
+        {"mode": "engine", "serve": {"guided_decoding_backend": "llguidance"}},
+        "`guided_decoding_backend: llguidance` is for bundles only",
+        "`xgrammar`",
+    ),
+    ({"mode": "engine", "serve": {"enable_lora": True}}, "needs engines with `lora_plugin`", "lora_plugin: auto"),
     ({"serve": {"middleware": "m"}}, "has no `middleware`", "it came with `1.3.0rc21`"),
     ({"version": "1.1.0", "serve": {"tool_parser": "qwen3"}}, "`1.1.0` has no `tool_parser`", "it came with `1.2.0`"),
     ({"serve": {"chat_template": "{{ messages }}"}}, "cannot hold a brace", "in a file"),
@@ -144,12 +158,16 @@ GOOD = [
     {"version": "1.3.0rc20", "mode": "engine"},
     {"version": "0.21.0"},
     {"max_input_len": 8192, "max_seq_len": 8192},
-    {"max_num_tokens": 4096},
-    {"max_num_tokens": 1024, "serve": {"enable_chunked_prefill": True}},
+    {"max_num_tokens": 4096, "max_input_len": 4096},
+    {"max_num_tokens": 1024, "max_input_len": 4096, "serve": {"enable_chunked_prefill": True}},
+    {"max_num_tokens": 64, "max_input_len": None},
     {"max_num_tokens": 64, "max_input_len": 64, "max_seq_len": 128},
     {"max_beam_width": 256, "max_batch_size": 1},
     {"tensor_parallel": 4, "expert_parallel": 2},
     {"gpu": "h100", "kv_cache": "fp8"},
+    {"gpu": "H100", "tensor_parallel": 8},
+    {"gpu": "g5.48xlarge", "tensor_parallel": 8},
+    {"mode": "engine", "build": {"lora_plugin": "auto"}, "serve": {"enable_lora": True}},
     {"mode": "engine", "kv_cache": "int8"},
     {"mode": "engine", "build": {"multiple_profiles": False, "opt_num_tokens": 64}},
     {"mode": "engine", "build": {"kv_cache_type": "paged", "tokens_per_block": 64}},
@@ -162,7 +180,7 @@ GOOD = [
     {"serve": {"cuda_graph_config": {"batch_sizes": [1, 2, 4], "enable_padding": True}}},
     {"serve": {"speculative_config": {"decoding_type": "NGram", "max_draft_len": 4, "max_matching_ngram_size": 2}}},
     {"serve": {"speculative_config": {"decoding_type": "MTP", "num_nextn_predict_layers": 1}}},
-    {"version": "1.3.0rc21", "serve": {"served_model_name": "m", "kv_cache_config": {"max_util_for_resume": 0.9}}},
+    {"version": "1.3.0rc21", "serve": {"middleware": "m", "kv_cache_config": {"max_util_for_resume": 0.9}}},
 ]
 
 
@@ -342,3 +360,38 @@ def test_the_architecture_is_that_of_the_gpu_named() -> None:
     assert settings().architecture is None
     assert settings(gpu="H100", tensor_parallel=2, pipeline_parallel=2).architecture == "sm_90"
     assert settings(tensor_parallel=2, pipeline_parallel=2).gpus == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "positions", "lengths"),
+    [
+        ({}, 2048, (1024, 2048)),
+        ({}, 131072, (4096, 8192)),
+        ({"max_seq_len": 100}, 2048, (50, 100)),
+        ({"max_input_len": 9000, "max_num_tokens": 9000}, 131072, (9000, 9000)),
+        ({"max_num_tokens": 256}, 2048, (256, 2048)),
+        ({"max_seq_len": 1}, 2048, (1, 1)),
+    ],
+)
+def test_lengths_left_out_are_the_models_own_to_a_limit(
+    values: dict[str, Any], positions: int, lengths: tuple[int, int]
+) -> None:
+    sized = settings(**values).sized(positions)
+    assert (sized.max_input_len, sized.max_seq_len) == lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "quant_algo", "kv_cache", "architectures"),
+    [
+        ("trtllm-fp8", "FP8", "FP8", ("sm_89", "sm_90", "sm_100", "sm_120")),
+        ("trtllm-int4", "W4A16_AWQ", None, ("sm_80", "sm_89", "sm_90")),
+        ("trtllm-engine-fp8", "FP8", "FP8", ("sm_89", "sm_90", "sm_100")),
+        ("trtllm-engine-int8", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", None, ("sm_80", "sm_86", "sm_90")),
+    ],
+)
+def test_a_shipped_profile_goes_with_its_numbers_on_the_gpus_it_names(
+    name: str, quant_algo: str, kv_cache: str | None, architectures: tuple[str, ...]
+) -> None:
+    made = settings(**profiles.load(name).section("compile"))
+    for architecture in architectures:
+        rules.check(made, quant_algo=quant_algo, kv_cache=kv_cache, architecture=architecture)
