@@ -35,7 +35,7 @@ ENGINE: dict[str, Any] = {
 }
 BUILD = ["trtllm-build", "--checkpoint_dir", "{checkpoint}", "--output_dir", "{engine}"]
 CACHE = ["--input_timing_cache", "{timing_cache}", "--output_timing_cache", "{timing_cache}"]
-SERVE = ["trtllm-serve", "{model}", "--config", "{prepared}/serve.yaml", "--host", "127.0.0.1", "--port", "{port}"]
+SERVE = ["trtllm-serve", "{model}", "--tokenizer", ".", "--config", "serve.yaml", "--port", "{port}"]
 H100 = "{0}, GPU-{0}, NVIDIA H100 80GB HBM3, 81559, 570.86.15, 9.0"
 L4 = "{0}, GPU-{0}, NVIDIA L4, 23034, 570.86.15, 8.9"
 
@@ -87,6 +87,8 @@ print("pid", os.getpid(), flush=True)
 print("pid", worker.pid, flush=True)
 model, arguments = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 assert os.path.isfile(arguments["--config"]) and os.path.isdir(model)
+assert os.path.isfile(arguments["--tokenizer"] + "/tokenizer.json")
+open("left-behind", "w").close()
 if deed == "gpu memory":
     sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
 if deed == "hang":
@@ -174,6 +176,7 @@ class Machine:
         (folder / "checkpoint").mkdir(parents=True)
         (folder / "model").mkdir()
         (folder / "serve.yaml").write_text("{}\n")
+        (folder / "tokenizer.json").write_text("{}\n")
         engine = ENGINE | changes
         mapping = {"tp_size": engine["tensor_parallel"], "pp_size": engine["pipeline_parallel"]}
         (folder / "checkpoint" / "config.json").write_text(json.dumps({"mapping": mapping}))
@@ -241,12 +244,14 @@ def test_a_build_leaves_the_ranks_the_timing_cache_and_its_log(machine: Machine)
     assert built.to_json()["builder"] == f"python:{machine.python}"
 
 
-def test_a_build_runs_outside_the_artifact(machine: Machine) -> None:
-    prepared = machine.prepared()
+@pytest.mark.parametrize("mode", ["engine", "bundle"])
+def test_commands_run_outside_the_artifact(machine: Machine, mode: str) -> None:
+    prepared = machine.prepared(mode=mode)
     before = sorted(prepared.rglob("*"))
     machine.run(prepared)
     assert sorted(prepared.rglob("*")) == before
     assert not list(machine.out.rglob("model.cache"))
+    assert not list(machine.out.rglob("left-behind"))
 
 
 def test_a_timing_cache_is_taken_up_and_gone_on_with(machine: Machine) -> None:
@@ -255,6 +260,11 @@ def test_a_timing_cache_is_taken_up_and_gone_on_with(machine: Machine) -> None:
     machine.run(timing_cache=earlier)
     assert (machine.out / "timing.cache").read_text() == "known;timed;"
     assert earlier.read_text() == "known;"
+
+
+def test_a_timing_cache_that_is_missing_is_told(machine: Machine) -> None:
+    with pytest.raises(SettingsError, match="there is no timing cache `/no/such/file`"):
+        machine.run(timing_cache=Path("/no/such/file"))
 
 
 def test_the_module_is_run_where_there_is_no_script(machine: Machine) -> None:
@@ -429,6 +439,13 @@ def test_another_version_is_refused(machine: Machine) -> None:
     assert error.message.endswith("has `1.2.1`")
 
 
+def test_what_a_build_of_a_version_appends_does_not_matter(machine: Machine) -> None:
+    for file in (machine.folder / "site" / f"tensorrt_llm-{VERSION}.dist-info").iterdir():
+        file.unlink()
+    machine.environment(f"{VERSION}+cu13")
+    assert machine.run().versions["tensorrt_llm"] == f"{VERSION}+cu13"
+
+
 def test_versions_are_asked_without_importing_anything(machine: Machine) -> None:
     assert versions(Builder.parse(str(machine.python))) == {
         "tensorrt_llm": VERSION,
@@ -502,6 +519,7 @@ elif words[0] == "run":
         command = [word.replace(there, here) for word in command]
         if "--workdir" in words:
             os.chdir(words[words.index("--workdir") + 1].replace("/llmopt/out", mounts["/llmopt/out"]))
+            assert os.readlink("serve.yaml") == "/llmopt/prepared/serve.yaml"
     print("== NVIDIA banner ==")
     sys.stdout.flush()
     program = os.environ["IMAGE_BIN"] + "/" + command[0].replace("python3", "python")
