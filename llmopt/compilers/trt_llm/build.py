@@ -7,6 +7,7 @@ before anything runs.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import shutil
 import socket
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, Settin
 
 TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
+_PLACEHOLDERS = ("{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")
 _PREPARED, _OUT = "/llmopt/prepared", "/llmopt/out"  # in a container
 _PROMPT, _TOKENS = "The capital of France is", 8
 _HEALTH_INTERVAL_S, _REQUEST_TIMEOUT_S = 1.0, 120.0
@@ -144,7 +145,8 @@ def run(
             (out / "engine").mkdir()
             for command in artifact.build:
                 _build(place, command, log, progress, deadline_s, timeout_s)
-            check_engines(out / "engine", artifact, str(found["tensorrt_llm"]))
+            if faults := engine_faults(out / "engine", artifact, str(found["tensorrt_llm"])):
+                raise LlmoptError(f"the build left no usable engine: {'; '.join(faults)}", hint=last_lines(log))
         else:
             observed = _observe(place, log, progress, deadline_s, timeout_s)
     return Built(
@@ -189,8 +191,8 @@ def _release(version: object) -> str:
     return str(version).partition("+")[0]
 
 
-def check_engines(folder: Path, artifact: Prepared, version: str) -> None:
-    """That an engine of every rank is there, and that config.json is of this build; LlmoptError otherwise."""
+def engine_faults(folder: Path, artifact: Prepared, version: str) -> list[str]:
+    """What is wrong with the engines in `folder`: one of every rank must be there, and config.json be of this build."""
     wanted = {f"rank{rank}.engine" for rank in range(artifact.ranks)}
     there = {file.name for file in folder.glob("rank*.engine") if file.stat().st_size}
     faults = [f"`{name}` is missing or empty" for name in sorted(wanted - there)]
@@ -205,13 +207,11 @@ def check_engines(folder: Path, artifact: Prepared, version: str) -> None:
             "pp_size": (mapping["pp_size"], artifact.pipeline_parallel),
             "quant_algo": ((model.get("quantization") or {}).get("quant_algo"), artifact.quant_algo),
         }
-        faults += [
-            f"`config.json` says `{name}` {is_}, not {want}" for name, (is_, want) in said.items() if is_ != want
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        faults.append(f"`config.json` cannot be used: {error!r}")
-    if faults:
-        raise LlmoptError(f"`trtllm-build` reported success, but left no usable engine: {'; '.join(faults)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [*faults, f"`config.json` cannot be used: {error!r}"]
+    return faults + [
+        f"`config.json` says `{name}` {is_}, not {want}" for name, (is_, want) in said.items() if is_ != want
+    ]
 
 
 class _Place:
@@ -308,7 +308,7 @@ def _observe(place: _Place, log: Path, progress: Progress, deadline_s: float, ti
         progress("it is healthy; asking for one completion")
         try:
             answer = _complete(url)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             code = child.poll(_HEALTH_INTERVAL_S)
             if code is not None:
                 raise _failure(command[0], log, code) from None
@@ -327,7 +327,7 @@ def _is_healthy(url: str) -> bool:
     try:
         with _OPENER.open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -409,6 +409,3 @@ def _argv(words: object) -> tuple[str, ...]:
         for found in _PLACEHOLDER.findall(word):
             _one_of(found, _PLACEHOLDERS)
     return tuple(words)
-
-
-_PLACEHOLDERS = ("{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")

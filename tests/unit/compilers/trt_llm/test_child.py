@@ -105,7 +105,8 @@ def test_an_error_in_the_block_ends_the_command(start: Start, said: list[str], m
             wait_for_its_pid(process, said)
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert is_gone(int(said[0]))
 
 
@@ -118,7 +119,8 @@ def test_a_second_interrupt_ends_the_grace(start: Start, said: list[str], monkey
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     began_s = time.monotonic()
-    pytest.raises(KeyboardInterrupt, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
     assert time.monotonic() - began_s < 20
     assert is_gone(int(said[0]))
 
