@@ -110,14 +110,20 @@ def gpus() -> list[Json]:
 
 
 def targets(names: Iterable[str]) -> dict[str, Json]:
-    """What `llmopt compile --target X` comes to here: "compiled", or "unavailable" and why."""
+    """What `llmopt compile --target X` comes to here: "compiled", "prepared" or "unavailable", and why."""
     from llmopt import compilers
+    from llmopt.compilers.trt_llm import gpu
 
     found: dict[str, Json] = {}
     for name in names:
         try:
-            versions(compilers.deps(compilers.resolve({"target": name})))
-            found[name] = {"status": "compiled", "reason": None}
+            target = compilers.resolve({"target": name})
+            versions(compilers.deps(target))
+            if target.portable:
+                reason = f"{gpu.probe()}; `--builder` names what builds"
+                found[name] = {"status": "prepared", "reason": reason}
+            else:
+                found[name] = {"status": "compiled", "reason": None}
         except (BackendMissingError, LlmoptError) as error:
             found[name] = {"status": "unavailable", "reason": error.message}
     return found
