@@ -19,7 +19,8 @@ class Settings:
     table ("H100"), for its architecture and memory; None: any that has the arithmetic. kv_cache: auto: what the
     checkpoint has scales for. Lengths are in tokens. build: further options of `trtllm-build`, serve: of
     `trtllm-serve` and its YAML, by TensorRT-LLM's own names. emit: deployments to write; url: where the artifact will
-    lie for them; instance: the cloud instance they ask for.
+    lie for them; instance: the cloud instance they ask for; image: a container of the user's in place of the one that
+    the deployment knows; loading_timeout_s: until a server counts as not started; lmi: further properties of AWS's LMI.
     """
 
     target: Literal["tensorrt-llm"] = "tensorrt-llm"
@@ -42,6 +43,9 @@ class Settings:
     emit: tuple[str, ...] = ()
     url: str | None = None
     instance: str | None = None
+    image: str | None = None
+    loading_timeout_s: int = 1800
+    lmi: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
