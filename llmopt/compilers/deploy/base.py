@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -31,6 +32,7 @@ _NAMED: Mapping[Runtime, Mapping[tuple[str, ...], str]] = {
 }
 #: Until a server has loaded its model; LMI's own default (deployment_guide/configurations.md of djl-serving 0.36).
 LOADING_TIMEOUT_S = 1800
+_LABEL = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1035, which a Service's name has to be
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,15 +86,16 @@ class Deployment:
         runtime: Runtime,
         mode: Literal["engine", "bundle"],
         model: str,
+        dtype: str = "auto",
         quantization: str | None = None,
         architecture: str | None = None,
         kv_cache: str | None = None,
     ) -> Deployment:
         """From the settings of a target: every field that both have, and those that its `serve` says by other names.
 
-        `kv_cache` is the precision found, in place of the setting, which may be `auto`.
+        What is given here is what was found in the checkpoint, where the settings may say `auto`.
         """
-        own = {"name", "runtime", "mode", "model", "quantization", "architecture", "kv_cache", "serve"}
+        own = {"name", "runtime", "mode", "model", "dtype", "quantization", "architecture", "kv_cache", "serve"}
         names = [f.name for f in dataclasses.fields(cls) if f.name not in own]
         values: dict[str, Any] = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
         named, serve = _named(runtime, getattr(settings, "serve", {}))
@@ -101,6 +104,7 @@ class Deployment:
             runtime=runtime,
             mode=mode,
             model=model,
+            dtype=dtype,
             quantization=quantization,
             architecture=architecture,
             serve=serve,
@@ -131,6 +135,15 @@ def require_url(deployment: Deployment, emitter: str) -> str:
             hint="say where the artifact will lie: `url: s3://bucket/prefix`",
         )
     return url.rstrip("/")
+
+
+def check_name(deployment: Deployment) -> None:
+    """SettingsError unless clouds can call something by the model's name."""
+    if not _LABEL.fullmatch(deployment.name):
+        raise SettingsError(
+            f"`compile.served_name: {deployment.name}` cannot name a deployment",
+            hint="lower-case letters, digits and `-` between them, 63 at most",
+        )
 
 
 def check_instance(deployment: Deployment) -> None:

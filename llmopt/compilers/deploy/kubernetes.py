@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmopt.compilers.deploy import images, vllm
-from llmopt.compilers.deploy.base import Deployment, check_instance, require_url
+from llmopt.compilers.deploy.base import Deployment, check_instance, check_name, require_url
 
 _PORT = 8000
 _PROBE_S = 10
@@ -28,6 +28,7 @@ def emit(deployment: Deployment) -> dict[str, str]:
     import yaml
 
     url = require_url(deployment, "k8s")
+    check_name(deployment)
     check_instance(deployment)
     image = images.server(deployment)
     head = _HEAD.format(name=deployment.name, gpus=deployment.gpus, image=image.tag, holds=image.holds, url=url)
@@ -96,8 +97,7 @@ def _pod(deployment: Deployment, image: str, url: str) -> dict[str, Any]:
 def _command(deployment: Deployment) -> tuple[list[str], list[dict[str, str]]]:
     """What the container runs, and its environment: TensorRT-LLM's own script of the artifact, or `vllm serve`."""
     if deployment.runtime == "tensorrt-llm":
-        environment = [{"name": "HOST", "value": "0.0.0.0"}, {"name": "PORT", "value": str(_PORT)}]
-        return ["bash", "/artifact/serve.sh"], environment
+        return ["bash", "/artifact/serve.sh", "--host", "0.0.0.0"], [{"name": "PORT", "value": str(_PORT)}]
     arguments = vllm.command_line(vllm.arguments(deployment))
     socket = ["--host", "0.0.0.0", "--port", str(_PORT)]
     return ["vllm", "serve", f"/artifact/{deployment.model}", *arguments, *socket], []

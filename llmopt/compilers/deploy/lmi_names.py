@@ -185,6 +185,8 @@ DROPPED: Mapping[str, str] = {
     "option.trtllm_checkpoint_path": "the checkpoint lies in the artifact",
     "option.use_custom_all_reduce": "TensorRT-LLM has no such option any more",
 }
+#: What LMI's last TensorRT-LLM container (0.33.0) no longer reads; kept all the same, for a container of the user's.
+OUTDATED = ("option.batch_scheduler_policy",)
 #: Methods and, by runtime, what `option.quantize` means. TensorRT-LLM: trt_llm_user_guide.md, "Quantization Support".
 _AWQ: Mapping[str, Json] = {"method": "awq", "bits": 4, "group_size": 128, "symmetric": True}
 _STATIC_FP8: Mapping[str, Json] = {"method": "fp8", "weights": "tensor", "activations": "static"}

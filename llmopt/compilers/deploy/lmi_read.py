@@ -139,6 +139,9 @@ class _Reader:
             self._set(setting, entry, self._value(entry, convert))
         elif entry.key in names.KEPT:
             self._keep(entry)
+        elif entry.key in names.OUTDATED:
+            self._keep(entry)
+            self._note(entry, "kept, but LMI's last TensorRT-LLM container does not read it any more")
         elif entry.key in names.DROPPED:
             self._note(entry, f"not carried: {names.DROPPED[entry.key]}")
         elif entry.key in names.TABLES[other]:
@@ -148,7 +151,7 @@ class _Reader:
 
     def _unknown(self, entry: Entry, runtime: Runtime) -> None:
         """A misspelling is refused; anything else goes to where LMI would send it, and is told."""
-        known = [*names.TABLES[runtime], *names.KEPT, *names.DROPPED, *names.READ_APART]
+        known = [*names.TABLES[runtime], *names.KEPT, *names.DROPPED, *names.OUTDATED, *names.READ_APART]
         close = difflib.get_close_matches(entry.key, known, n=1, cutoff=0.87)
         if close:
             raise self._error(entry, "is no property of LMI", hint=f"did you mean `{close[0]}`?")
@@ -184,28 +187,22 @@ class _Reader:
         self._set("compile.dtype", entry, value)
 
     def _lengths(self) -> None:
-        """Prompt and whole sequence, which TensorRT-LLM's engine is built for, from LMI's prompt and answer."""
+        """The whole sequence, from what LMI has for the answer; what is not said is the model's."""
         compile_, output = self.sections["compile"], self.entries.get("option.max_output_len")
-        prompt: int | None = compile_.get("max_input_len")
-        if output is not None and "max_seq_len" in compile_:
+        if output is None:
+            return
+        if "max_seq_len" in compile_:
             self._note(output, "not carried: `option.max_seq_len` is the limit")
-        elif output is not None:
-            answer = _expect_int(self._value(output, names.whole))
-            # LMI's documentation: "Now maps to max_seq_len"; files from before mean the answer alone.
-            whole = answer if answer > (prompt or 0) else (prompt or 0) + answer
-            self._set("compile.max_seq_len", output, whole)
-            meaning = (
-                "LMI passes it on as that" if whole == answer else "prompt and answer together, as it is no longer"
-            )
-            self._note(output, f"taken for `max_seq_len: {whole}` ({meaning})")
-        elif prompt is not None and "max_seq_len" not in compile_:
-            # 512 is LMI's documented default for the answer.
-            compile_["max_seq_len"] = prompt + 512
-            self._note(
-                self.entries["option.max_input_len"], f"`max_seq_len` is set to {prompt + 512}, with LMI's 512 more"
-            )
-        if prompt is None and "max_seq_len" in compile_:
-            compile_["max_input_len"] = min(1024, compile_["max_seq_len"])  # LMI's documented default
+            return
+        prompt, answer = compile_.get("max_input_len", 0), self._value(output, names.whole)
+        assert isinstance(answer, int)
+        # LMI's documentation: "Now maps to max_seq_len"; files from before mean the answer alone.
+        if answer > prompt:
+            self._set("compile.max_seq_len", output, answer)
+            self._note(output, f"taken for `max_seq_len: {answer}`, prompt and answer together, as LMI passes it on")
+        else:
+            self._set("compile.max_seq_len", output, prompt + answer)
+            self._note(output, f"taken for the answer alone, which with the prompt is `max_seq_len: {prompt + answer}`")
 
     def _quantize(self, runtime: Runtime) -> None:
         """The section `quantize`, where the file asks for one."""
@@ -356,8 +353,3 @@ class _Reader:
 
     def _error(self, entry: Entry, words: str, *, hint: str) -> SettingsError:
         return SettingsError(f"{self._place(entry)}: `{entry.key}` {words}", hint=hint)
-
-
-def _expect_int(value: Json) -> int:
-    assert isinstance(value, int)
-    return value

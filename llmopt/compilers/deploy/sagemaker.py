@@ -1,4 +1,4 @@
-"""Requests of SageMaker's API that put the artifact behind an endpoint, in an LMI container, and the script that sends them.
+"""SageMaker: requests of its API that put the artifact behind an endpoint in an LMI container, and the script for them.
 
 Sources: SageMaker API, CreateModel, CreateEndpointConfig, CreateEndpoint (botocore's service model of 2017-07-24);
 djl-serving, serving/docs/lmi/deployment_guide/deploying-your-endpoint.md (uncompressed artifacts, time-outs).
@@ -11,7 +11,7 @@ import re
 
 from llmopt.artifacts.outcome import Json
 from llmopt.compilers.deploy import images, lmi
-from llmopt.compilers.deploy.base import Deployment, check_instance, require_url
+from llmopt.compilers.deploy.base import Deployment, check_instance, check_name, require_url
 from llmopt.errors import SettingsError
 
 #: What the requests cannot know, as the script finds it in the environment.
@@ -20,11 +20,11 @@ _LONGEST_S = 3600  # that the API takes for either time-out
 _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9-]+")
 _SCRIPT = """\
 #!/usr/bin/env bash
-# Create a SageMaker endpoint of {name}: a model, an endpoint configuration and an endpoint, as the files beside this say.
+# Create a SageMaker endpoint of {name}: a model, an endpoint configuration and an endpoint, from the files beside this.
 #   SAGEMAKER_ROLE_ARN  the role that SageMaker takes to read {url} and to pull the image (required)
 #   AWS_REGION          where (required)
-#   LMI_ACCOUNT         the account that holds AWS's containers in that region; it is {account} in most, the others are in
-#                       aws/deep-learning-containers, docs/reference/region_availability.md
+#   LMI_ACCOUNT         the account that holds AWS's containers in that region: {account} in most; the others are in
+#                       docs/reference/region_availability.md of github.com/aws/deep-learning-containers
 # Container: {image} ({holds}).
 set -euo pipefail
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
@@ -52,6 +52,7 @@ def emit(deployment: Deployment) -> dict[str, str]:
     """
     url = require_url(deployment, "sagemaker")
     instance = _instance(deployment)
+    check_name(deployment)
     check_instance(deployment)
     if not 60 <= deployment.loading_timeout_s <= _LONGEST_S:
         raise SettingsError(

@@ -96,7 +96,7 @@ def emit(deployment: Deployment) -> dict[str, str]:
 
 
 def model_yaml(deployment: Deployment) -> str:
-    """`1/model.yaml` of the `llmapi` backend: arguments of TensorRT-LLM's `LLM`, and Triton's own in `triton_config`."""
+    """`1/model.yaml` of the `llmapi` backend: what TensorRT-LLM's `LLM` takes, and Triton's `triton_config`."""
     import yaml
 
     cache: dict[str, Json] = {
@@ -104,8 +104,10 @@ def model_yaml(deployment: Deployment) -> str:
         "enable_block_reuse": deployment.block_reuse,
         "dtype": deployment.kv_cache if deployment.kv_cache == "fp8" else None,
     }
+    cache = {key: value for key, value in cache.items() if value is not None}
     more = deployment.serve.get("kv_cache_config")
-    cache = {key: value for key, value in cache.items() if value is not None} | (more if isinstance(more, dict) else {})
+    if isinstance(more, dict):
+        cache |= more
     values: dict[str, Json] = {
         "model": f"/artifact/{deployment.model}",
         "backend": "pytorch",
@@ -134,8 +136,8 @@ def model_yaml(deployment: Deployment) -> str:
 def parameters(deployment: Deployment) -> dict[str, dict[str, str]]:
     """What fill_template.py puts into the config.pbtxt of each model of `inflight_batcher_llm`.
 
-    `$engine` stands for the folder of the engines and of the tokenizer. Raises SettingsError for options of
-    `compile.serve` that the backend has no parameter for.
+    `$engine` and `$artifact` stand for the folders of the engines and of the tokenizer. Raises SettingsError for
+    options of `compile.serve` that the backend has no parameter for.
     """
     batch = {"triton_max_batch_size": str(deployment.max_batch_size)}
     queue = {"max_queue_delay_microseconds": "0", "max_queue_size": "0"}
@@ -146,7 +148,7 @@ def parameters(deployment: Deployment) -> dict[str, dict[str, str]]:
         "decoupled_mode": "true",
         **queue,
         "engine_dir": "$engine",
-        "tokenizer_dir": "$engine",
+        "tokenizer_dir": "$artifact",
         "batching_strategy": "inflight_fused_batching",
         "encoder_input_features_data_type": "TYPE_FP16",
         "prompt_embedding_table_data_type": "TYPE_FP16",
@@ -156,9 +158,9 @@ def parameters(deployment: Deployment) -> dict[str, dict[str, str]]:
     }
     return {
         "ensemble": {**batch, **logits},
-        "preprocessing": {"tokenizer_dir": "$engine", **batch, **queue, "preprocessing_instance_count": "1"},
+        "preprocessing": {"tokenizer_dir": "$artifact", **batch, **queue, "preprocessing_instance_count": "1"},
         "tensorrt_llm": executor,
-        "postprocessing": {"tokenizer_dir": "$engine", **batch, "postprocessing_instance_count": "1"},
+        "postprocessing": {"tokenizer_dir": "$artifact", **batch, "postprocessing_instance_count": "1"},
         "tensorrt_llm_bls": {
             **batch,
             "decoupled_mode": "true",
@@ -211,6 +213,10 @@ def _executor_option(setting: str, value: Json) -> dict[str, Json]:
             hint="leave it out, or serve the engine with `trtllm-serve` (serve.sh)",
         )
     return {names[setting]: value}
+
+
+def _text(value: Json) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _fill(model: str, values: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ command line says comes first) and cli/serve; how the YAML is read: vllm/utils/a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from llmopt.artifacts.outcome import Json
@@ -82,15 +83,13 @@ def _comment(deployment: Deployment) -> str:
     lines = ["Arguments of `vllm serve`, by their long names; the command line goes before this file."]
     if deployment.runtime != "vllm" and deployment.gpu_memory_fraction is not None:
         lines.append(
-            "gpu-memory-utilization is left to vLLM: TensorRT-LLM's fraction is of what the model leaves free."
+            "gpu-memory-utilization is vLLM's default: TensorRT-LLM's fraction is of what the model leaves free."
         )
     return "".join(f"# {line}\n" for line in lines)
 
 
 def command_line(values: Mapping[str, Json]) -> list[str]:
     """The same arguments as on a command line, as vLLM makes them of the YAML."""
-    import json
-
     line: list[str] = []
     for key, value in values.items():
         if isinstance(value, bool):
