@@ -124,6 +124,8 @@ def run(
     `why` finds out what separates a miss from what the store has. `keep` is that of `runner.execute`, called with the
     step's name too. `builder` is what builds the engines of a staged target here.
     """
+    for note in pipeline.notes:
+        progress(note)
     chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep, builder=builder)
     steps, sections = pipeline.steps, pipeline.sections
     source = inputs.model(store, pipeline.model, progress)

@@ -49,7 +49,7 @@ class _Reader:
     entries: Mapping[str, Entry]
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[tuple[int, str]] = field(default_factory=list)  # with the line, 0 for the file as a whole
     _sources: dict[str, Entry] = field(default_factory=dict)
 
     def read(self) -> Read:
@@ -84,7 +84,7 @@ class _Reader:
             sections=order,
             origins=self.origins,
         )
-        return Read(profile=profile, notes=tuple(self.notes))
+        return Read(profile=profile, notes=tuple(note for _, note in sorted(self.notes)))
 
     def _runtime(self) -> Runtime:
         """The engine that the container would run; where the file leaves it open, by what it says otherwise."""
@@ -110,10 +110,8 @@ class _Reader:
             only["tensorrt-llm"].append("option.quantize")
         found: Runtime = "tensorrt-llm" if len(only["tensorrt-llm"]) > len(only["vllm"]) else "vllm"
         because = f" for `{only[found][0]}`" if only[found] else ", which LMI's current containers run"
-        self.notes.append(
-            f"{self.file.name} leaves the engine to the container: taken for `{found}`{because}"
-            " (`option.rolling_batch=trtllm` or `vllm` says it)"
-        )
+        words = f"{self.file.name} leaves the engine to the container: taken for `{found}`{because}"
+        self.notes.append((0, f"{words} (`option.rolling_batch=trtllm` or `vllm` says it)"))
         return found
 
     def _handler(self, runtime: Runtime) -> None:
@@ -349,7 +347,7 @@ class _Reader:
         return f"{self.file.name}:{entry.line}"
 
     def _note(self, entry: Entry, words: str) -> None:
-        self.notes.append(f"{self._place(entry)}: `{entry.key}={entry.value}`: {words}")
+        self.notes.append((entry.line, f"{self._place(entry)}: `{entry.key}={entry.value}`: {words}"))
 
     def _error(self, entry: Entry, words: str, *, hint: str) -> SettingsError:
         return SettingsError(f"{self._place(entry)}: `{entry.key}` {words}", hint=hint)
