@@ -17,6 +17,7 @@ from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
+    from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
 #: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
 option = partial(typer.Option, show_envvar=False)
@@ -28,6 +29,10 @@ Profile = Annotated[
 ]
 Out = Annotated[str | None, option("--out", metavar="DIR", help="Also copy the artifact into this folder.")]
 Name = Annotated[str | None, option("--name", metavar="NAME", help="Also give the artifact this name in the store.")]
+Builder = Annotated[
+    str | None,
+    option("--builder", metavar="B", help="What builds on a GPU: a Python with tensorrt_llm, or `docker:IMAGE`."),
+]
 Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
 
 # Every command has these (but for --json-lines), and makes its session of them.
@@ -74,6 +79,30 @@ def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any
     from llmopt import profiles
 
     return profiles.load(profile).section(section) | given
+
+
+def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
+    """The settings with each `key=value` of `--set` in its place; `build.workers=2` reaches into a mapping."""
+    from llmopt.profiles import parse_value
+
+    found = dict(settings)
+    for override in overrides or ():
+        path, equals, text = override.partition("=")
+        key, dot, inner = path.partition(".")
+        if not equals or not key or (dot and not inner):
+            raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set build.workers=2`")
+        value = parse_value(text)
+        found[key] = {**dict(found.get(key) or {}), inner: value} if dot else value
+    return found
+
+
+def builder(text: str | None) -> GpuBuilder | None:
+    """The value of `--builder`, checked as far as that needs no GPU; None without one."""
+    if text is None:
+        return None
+    from llmopt.compilers.trt_llm.builder import Builder
+
+    return Builder.parse(text)
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.artifacts.outcome import Outcome, Progress
-from llmopt.compilers.base import Target
+from llmopt.compilers.base import Direct, Target
 from llmopt.errors import SettingsError, nearest
 from llmopt.profiles.settings import build
 
 #: By the name a user gives.
 TARGETS: Mapping[str, str] = {
-    "openvino": "llmopt.compilers.openvino_target:OpenVINO",
+    "openvino": "llmopt.compilers.ov.target:OpenVINO",
+    "tensorrt-llm": "llmopt.compilers.trt_llm.target:TensorRTLLM",
 }
 DEFAULT_TARGET = "openvino"
 
@@ -45,6 +46,6 @@ def check(model: Path, settings: Target) -> None:
     settings.check(model)
 
 
-def compile_model(model: Path, settings: Target, out: Path, progress: Progress) -> Outcome:
+def compile_model(model: Path, settings: Direct, out: Path, progress: Progress) -> Outcome:
     """Check `model` and write its engine into the empty folder `out`. The same inputs give the same bytes."""
     return settings.compile(model, out, progress)

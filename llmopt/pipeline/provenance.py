@@ -15,7 +15,9 @@ _PACKAGE = Path(__file__).parents[1]
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "models/text", "models/chat"),
     "quantize": ("quantizers", "formats", "models"),
-    "compile": ("compilers", "formats", "models"),
+    "compile.openvino": ("compilers/ov", "formats", "models"),
+    "compile.tensorrt-llm": ("compilers/trt_llm", "compilers/deploy", "planner", "formats", "models"),
+    "compile.vllm": ("compilers/vllm_target", "compilers/trt_llm", "compilers/deploy", "formats", "models"),
     "eval": ("evaluate", "harness", "formats", "models"),
     "bench": ("bench", "serve", "models/chat"),
 }

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from llmopt.backends import load
-from llmopt.compilers.openvino_constants import DECOMPRESSED, Node
+from llmopt.compilers.ov.constants import DECOMPRESSED, Node
 from llmopt.errors import LlmoptError
 
 ov, ov_tokenizers = load("openvino"), load("openvino_tokenizers")

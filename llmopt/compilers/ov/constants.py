@@ -22,7 +22,7 @@ ov, op = load("openvino"), load("openvino.opset13")
 
 Node: TypeAlias = Any  # openvino.Node; OpenVINO ships no types
 
-#: A Convert whose name ends so is marked as a decompression when the IR is saved (openvino_save.py).
+#: A Convert whose name ends so is marked as a decompression when the IR is saved (save.py).
 DECOMPRESSED = "/decompressed"
 _ELEMENT = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _ROWS_AT_ONCE = 4096

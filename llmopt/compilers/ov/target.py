@@ -10,7 +10,7 @@ import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.errors import LlmoptError, SettingsError
@@ -36,6 +36,8 @@ class OpenVINO:
     kv_cache: auto: f32 where the arithmetic is exact otherwise, else the plugin's choice (int8).
     """
 
+    portable: ClassVar[bool] = False
+
     target: Literal["openvino"] = "openvino"
     aot: bool = True
     lm_head: Literal["auto", "int8", "keep"] = "auto"
@@ -58,7 +60,7 @@ class OpenVINO:
 
     def compile(self, model: Path, out: Path, progress: Progress) -> Outcome:
         source = _read(model)
-        from llmopt.compilers.openvino_save import save_tokenizer
+        from llmopt.compilers.ov.save import save_tokenizer
 
         round_head, properties = self._round_head(source), self._properties(source)
         progress(f"building the graph of {source.config.layers} blocks")
@@ -117,9 +119,9 @@ def _read(model: Path) -> Source:
 
 def _write_model(source: Source, out: Path, *, round_head: bool) -> dict[str, Json]:
     """Write the IR; returns the bytes of its constants by OpenVINO element type."""
-    from llmopt.compilers.openvino_constants import Constants, Scratch
-    from llmopt.compilers.openvino_ir import build_decoder
-    from llmopt.compilers.openvino_save import save
+    from llmopt.compilers.ov.constants import Constants, Scratch
+    from llmopt.compilers.ov.ir import build_decoder
+    from llmopt.compilers.ov.save import save
 
     with Scratch.open(out) as scratch:
         constants = Constants(source.checkpoint, source.reader, scratch)

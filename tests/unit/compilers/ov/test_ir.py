@@ -317,9 +317,9 @@ def test_matrices_in_bfloat16_are_not_widened_by_the_plugin(make_checkpoint: Any
 def test_constants_outlive_everything_but_the_scratch(
     make_checkpoint: Any, quantize: Any, compiled: Any, tmp_path: Path
 ) -> None:
-    from llmopt.compilers.openvino_constants import Constants, Scratch
-    from llmopt.compilers.openvino_ir import build_decoder
-    from llmopt.compilers.openvino_save import save
+    from llmopt.compilers.ov.constants import Constants, Scratch
+    from llmopt.compilers.ov.ir import build_decoder
+    from llmopt.compilers.ov.save import save
     from llmopt.formats.reading import open_quantized
     from llmopt.models.checkpoint import Checkpoint
     from llmopt.models.config import DecoderConfig

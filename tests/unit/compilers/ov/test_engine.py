@@ -169,7 +169,7 @@ def test_quantized_linear_without_its_scale_is_refused(make_checkpoint: Any, qua
 def test_missing_backend_says_how_to_install_it(
     missing: str, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("llmopt.compilers.openvino_")]:
+    for name in [name for name in sys.modules if name.startswith("llmopt.compilers.ov.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     target = compilers.resolve({})
@@ -182,7 +182,7 @@ def test_missing_backend_says_how_to_install_it(
 
 
 def test_full_disk_is_named(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmopt.compilers import openvino_save
+    from llmopt.compilers.ov import save as openvino_save
 
     real = openvino_save.ov.save_model
 

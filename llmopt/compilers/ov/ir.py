@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmopt.backends import load
-from llmopt.compilers.openvino_constants import Constants, Node
+from llmopt.compilers.ov.constants import Constants, Node
 from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.config import DecoderConfig
 from llmopt.models.families import ATTN_NORM, DOWN, GATE, K_NORM, MLP_NORM, Q_NORM, UP, K, O, Q, V
