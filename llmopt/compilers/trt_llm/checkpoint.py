@@ -39,7 +39,7 @@ def check(source: Source, settings: Settings) -> EngineConfig:
         for index in range(config.layers):
             for module, linears in block_linears(source.config).items():
                 if f"transformer.layers.{index}.{module}" not in config.plain:
-                    _check_grids(source, config, index, module, linears)
+                    check_grids(source, config, index, module, linears)
         source.checkpoint.release()
     _kv_scales(source, config)
     return config
@@ -103,7 +103,7 @@ class _Notes:
         if self.loader_rounds:
             told.append(
                 f"TensorRT-LLM will round {self.loader_rounds} scales of weights to {config.dtype} as it loads them; "
-                "`--set compile.dtype=float16` keeps more of them"
+                "`compile.dtype: float16` keeps more of them"
             )
         if self.head_dequantized:
             told.append(f"the quantized output head was turned into {config.dtype}: the engine has it unquantized")
@@ -284,7 +284,7 @@ class _Writer:
         read = as_float(stored)
         if not np.isfinite(read).all():
             raise LlmoptError(
-                f"`{name}` has values that {self.config.dtype} does not hold", hint="set `compile.dtype=bfloat16`"
+                f"`{name}` has values that {self.config.dtype} does not hold", hint="set `compile.dtype: bfloat16`"
             )
         self.notes.rounded += int((read != floats).sum())
         return stored
@@ -313,7 +313,7 @@ def _changed(values: np.ndarray, dtype: str) -> int:
         return int((as_float(store_float(values, dtype)) != values).sum())
 
 
-def _check_grids(source: Source, config: EngineConfig, index: int, module: str, linears: tuple[str, ...]) -> None:
+def check_grids(source: Source, config: EngineConfig, index: int, module: str, linears: tuple[str, ...]) -> None:
     """That the codes of a module can be carried over: no zero points, groups in order, one scale of the input."""
     reader, block = source.reader, source.config.block(index)
     assert reader is not None
