@@ -181,21 +181,20 @@ class _Writer:
         """The modules of a block with their linears; together those whose FP8 scales become one, as ModelOpt has it:
         the builder makes one product of `fc` and `gate`, and rounds to half precision on the way where they differ."""
         linears = block_linears(self.source.config)
-        fusions = [[(module, linears[module.name])] for module in modules(self.config) if module.name != GATE]
-        for module in modules(self.config):
-            if module.name == GATE:
-                pair = [(module, linears[GATE])]
-                found = next(fusion for fusion in fusions if fusion[0][0].name == FC)
-                fusions.append(pair) if self.config.algorithm != FP8 else found.extend(pair)
-        return fusions
+        found = {module.name: [(module, linears[module.name])] for module in modules(self.config)}
+        if self.config.algorithm == FP8 and GATE in found:
+            found[FC] += found.pop(GATE)
+        return list(found.values())
 
     def _floats_of(self, files: list[RankFile], part: _ModulePart, suffix: str) -> None:
         """The weight or the bias of a module that is not quantized, on each rank."""
         for number, file in enumerate(files):
-            piece = self._piece(part, number)
-            arrays = [self.source.checkpoint.array(f"{prefix}.{suffix}") for prefix in part.prefixes]
-            dtype = self.source.checkpoint.tensors[f"{part.prefixes[0]}.{suffix}"].dtype
-            file.put(f"{part.name}.{suffix}", self._cast(f"{part.prefixes[0]}.{suffix}", piece.of(arrays), dtype))
+            piece, cast = self._piece(part, number), []
+            for prefix, rows in zip(part.prefixes, piece.rows, strict=True):
+                name = f"{prefix}.{suffix}"
+                own = Piece(rows=(rows,), columns=piece.columns).of([self.source.checkpoint.array(name)])
+                cast.append(self._cast(name, own, self.source.checkpoint.tensors[name].dtype).array)
+            file.put(f"{part.name}.{suffix}", Stored(self.config.stored_dtype, np.concatenate(cast)))
 
     def _codes_of(self, files: list[RankFile], parts: list[_ModulePart], index: int) -> None:
         """Modules that are quantized, on each rank."""
@@ -226,8 +225,12 @@ class _Writer:
         name = prefix.removeprefix(f"{self.source.config.block(index)}.")
         weight = reader.linear(prefix, self.source.config.linear_shapes(index)[name])
         assert weight is not None
-        if not (np.isfinite(weight.scale_OG) & (weight.scale_OG > 0)).all():
+        input_scale = reader.input_scale(prefix)
+        scales = np.append(weight.scale_OG, [] if input_scale is None else [input_scale])
+        if not (np.isfinite(scales) & (scales > 0)).all():
             raise LlmoptError(f"`{prefix}` has scales that are not positive numbers", hint=_REQUANTIZE)
+        if weight.kind == "float" and ((weight.codes_OI & 0x7F) == 0x7F).any():
+            raise LlmoptError(f"`{prefix}` has FP8 weights that are no numbers", hint=_REQUANTIZE)
         if config.algorithm == AWQ:
             self.notes.loader_rounds += _changed(weight.scale_OG, config.stored_dtype)
         if weight.smooth_I is not None and config.algorithm != SMOOTH_DYNAMIC:
@@ -276,6 +279,8 @@ class _Writer:
     def _cast(self, name: str, array: np.ndarray, dtype: str) -> Stored:
         """A tensor of the checkpoint in the engine's dtype; counts what that rounds."""
         wanted = self.config.stored_dtype
+        if not _finite(array, dtype):
+            raise LlmoptError(f"`{name}` has values that are no numbers", hint="download the checkpoint again")
         if dtype == wanted:
             return Stored(dtype, array)
         floats = bfloat16_to_float32(array) if dtype == "BF16" else np.asarray(array, np.float32)
@@ -306,6 +311,11 @@ def _put(files: list[RankFile], name: str, stored: Stored) -> None:
 
 def _scalar(value: float) -> Stored:
     return Stored("F32", np.array([value], np.float32))
+
+
+def _finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether all are numbers; BF16 comes as its bits."""
+    return bool(((array & 0x7F80) != 0x7F80).all() if dtype == "BF16" else np.isfinite(array).all())
 
 
 def _changed(values: np.ndarray, dtype: str) -> int:

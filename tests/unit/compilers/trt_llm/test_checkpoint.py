@@ -729,12 +729,35 @@ def test_what_a_class_was_never_documented_to_have_is_refused(plain: Make, quant
         check(open_model(quantized(plain("qwen3"), DYNAMIC)), Settings())
 
 
-def test_scales_that_are_no_positive_numbers_are_an_error(plain: Make, quantized: Make, tmp_path: Path) -> None:
-    for name, value in (("mlp.up_proj.weight_scale", 0.0), ("self_attn.k_proj.k_scale", float("nan"))):
-        model = tmp_path / name
-        shutil.copytree(quantized(plain("llama"), AWQ, "modelopt", kv_cache="fp8"), model)
-        tensors = load_file(model / "model.safetensors")
-        tensors[f"model.layers.1.{name}"].fill_(value)
-        save_file(tensors, model / "model.safetensors")
-        with pytest.raises(LlmoptError, match="positive numbers"):
-            written(model, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("scheme", "name", "value", "message"),
+    [
+        (AWQ, "mlp.up_proj.weight_scale", 0.0, "positive numbers"),
+        (AWQ, "self_attn.k_proj.k_scale", float("nan"), "positive numbers"),
+        (FP8, "mlp.up_proj.input_scale", -1.0, "positive numbers"),
+        (FP8, "mlp.up_proj.weight", float("nan"), "FP8 weights that are no numbers"),
+        (FP8, "input_layernorm.weight", float("inf"), "values that are no numbers"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_and_values_that_are_no_numbers_are_an_error(
+    plain: Make, quantized: Make, tmp_path: Path, scheme: Scheme, name: str, value: float, message: str, dtype: str
+) -> None:
+    model = tmp_path / "wrong"
+    shutil.copytree(quantized(plain("llama"), scheme, "modelopt", kv_cache="fp8"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.1.{name}"].fill_(value)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(LlmoptError, match=message):
+        written(model, tmp_path / "out", dtype=dtype)
+
+
+def test_linears_of_one_module_may_be_stored_in_several_dtypes(plain: Make, tmp_path: Path) -> None:
+    model = tmp_path / "mixed"
+    shutil.copytree(plain("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float()
+    save_file(tensors, model / "model.safetensors")
+    written(model, tmp_path / "out", tensor_parallel=2)
+    assert torch.equal(reassembled(*ranks_of(tmp_path / "out"))[name], source_weights(plain("llama"))[name])
