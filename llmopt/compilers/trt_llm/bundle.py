@@ -61,6 +61,17 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
     return ()
 
 
+def algorithm(source: Source) -> str | None:
+    """The `quant_algo` of a checkpoint that `check` passed, as its bundle will have it; None where it is plain."""
+    from llmopt.formats.reading import linears
+
+    if source.reader is None:
+        return None
+    schemes = [source.reader.scheme(prefix) for prefix in linears(source.config)]
+    used = {replace(scheme, symmetric=True) for scheme in schemes if scheme is not None}
+    return _algorithm(used.pop()) if len(used) == 1 else "MIXED_PRECISION" if used else None
+
+
 def _open(model: Path, settings: Settings) -> Source:
     """The checkpoint checked for what does not hang on its quantization."""
     from llmopt.formats.reading import open_model

@@ -60,10 +60,10 @@ class TensorRTLLM(Settings):
             _write(out / name, text)
         _write_json(out / "engine.json", _describe(model, made))
         progress("validating what was written")
-        report = validate.validate(out)
+        report = validate.validate(out, record=True)
         return Outcome(
             status="prepared",
-            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.metrics()},
+            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.to_json()},
             events=events,
         )
 
