@@ -231,6 +231,18 @@ def test_build_sh_refuses_another_version(machine: Machine) -> None:
     assert not machine.told.exists()
 
 
+def test_build_sh_takes_a_build_of_the_same_version(machine: Machine) -> None:
+    machine.version = "1.2.1+cu130"
+    assert machine.run("build.sh").returncode == 0
+
+
+def test_build_sh_looks_at_the_gpus_that_cuda_is_told_to_see(machine: Machine) -> None:
+    machine.capabilities = ["8.0", "9.0"]
+    assert "a GPU here is sm_80" in machine.run("build.sh").stderr
+    machine.environment["CUDA_VISIBLE_DEVICES"] = "1"
+    assert machine.run("build.sh").returncode == 0
+
+
 def test_build_sh_without_a_gpu_says_so_with_the_exit_code_of_a_missing_device(machine: Machine) -> None:
     machine.capabilities = []
     done = machine.run("build.sh")
