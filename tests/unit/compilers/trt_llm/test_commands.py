@@ -154,10 +154,9 @@ class Machine:
         file.chmod(0o755)
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        lines = "\n".join(self.capabilities)
-        self.write(
-            self.bin / "nvidia-smi", f'#!/bin/sh\nprintf "%s\\n" "{lines}"\n' if lines else "#!/bin/sh\nexit 9\n"
-        )
+        cases = "".join(f"--id={n}) echo {each};; " for n, each in enumerate(self.capabilities))
+        everything = "echo '" + "\n".join(self.capabilities) + "'" if self.capabilities else "exit 9"
+        self.write(self.bin / "nvidia-smi", f"#!/bin/sh\ncase $1 in {cases} *) {everything};; esac\n")
         executable = self.bin / "python3"
         says = f'case "$2" in *executable*) echo {executable};; *) echo {self.version};; esac'
         self.write(executable, f"#!/bin/sh\n{says}\n")
