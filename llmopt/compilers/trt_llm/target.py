@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.compilers import deploy
 from llmopt.compilers.trt_llm.settings import Settings
+from llmopt.models.companions import copy_companions
 
 if TYPE_CHECKING:
     from llmopt.compilers.deploy.base import Deployment
@@ -83,6 +84,8 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeo
     for item in sorted(prepared.iterdir()):
         if item.name not in (*_FOR_THE_BUILD, "engine.json", "llmopt.json"):
             _link(item, out / item.name)
+    if (out / "engine").is_dir():
+        copy_companions(prepared, out / "engine")  # so that a server can be given this folder alone
     said = json.loads((prepared / "engine.json").read_text(encoding="utf-8"))
     about: dict[str, Json] = {
         "architecture": built.gpus[0].architecture,
@@ -99,7 +102,6 @@ def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tu
     """`checkpoint/` with the tokenizer beside it, or `model/`; returns what changed numbers."""
     from llmopt.compilers.trt_llm import bundle, checkpoint
     from llmopt.formats.reading import open_model
-    from llmopt.models.companions import copy_companions
 
     if made.engine is None:
         (out / "model").mkdir()
@@ -133,32 +135,16 @@ def _deployment(made: Plan) -> Deployment:
     from llmopt.compilers.deploy.base import Deployment
 
     settings = made.settings
-    cache = settings.serve.get("kv_cache_config")
-    fraction = cache.get("free_gpu_memory_fraction") if isinstance(cache, dict) else None
-    return Deployment(
+    return Deployment.of(
+        settings,
         name=settings.served_name,
         runtime="tensorrt-llm",
-        version=settings.version,
         mode=settings.resolved_mode,
         model="model" if made.engine is None else "engine",
-        url=settings.url,
         dtype=made.dtype,
         quantization=made.quant_algo,
         kv_cache=made.kv_cache,
-        tensor_parallel=settings.tensor_parallel,
-        pipeline_parallel=settings.pipeline_parallel,
-        expert_parallel=settings.expert_parallel,
-        max_batch_size=settings.max_batch_size,
-        max_input_len=settings.max_input_len,
-        max_seq_len=settings.max_seq_len,
-        max_num_tokens=settings.max_num_tokens,
-        free_gpu_memory_fraction=fraction if isinstance(fraction, float) else None,
-        chunked_prefill=settings.serve.get("enable_chunked_prefill") is True,
-        trust_remote_code=settings.trust_remote_code,
-        gpu=settings.gpu,
         architecture=settings.architecture,
-        instance=settings.instance,
-        serve=settings.serve,
     )
 
 
