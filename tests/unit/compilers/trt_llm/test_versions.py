@@ -11,8 +11,15 @@ from llmopt.compilers.trt_llm import versions
 from llmopt.compilers.trt_llm.versions import Option
 from llmopt.errors import SettingsError
 
-#: Every argument of trtllm-build: commands/build.py at 65f1d153, and `cli_plugin_args` of plugin.py at c20322ff.
-TRTLLM_BUILD = Path(__file__).parents[3] / "golden" / "trtllm-build-options.txt"
+GOLDEN = Path(__file__).parents[3] / "golden"
+#: All that a program can be told, and in which sections of the table it is. trtllm-build: commands/build.py at 65f1d153
+#: and `cli_plugin_args` of plugin.py at c20322ff. trtllm-serve: api_stability/references/trtllm_serve_cli.yaml at
+#: 029e223d, with the aliases that our users know. LlmArgs: api_stability/references(_committed)/llm.yaml at ea35fd67.
+PROGRAMS = [
+    ("trtllm-build.txt", ("build",)),
+    ("trtllm-serve.txt", ("serve", "yaml")),
+    ("trtllm-args.txt", ("serve", "yaml")),
+]
 
 
 def every_option() -> Iterator[Option]:
@@ -43,8 +50,10 @@ def test_since_and_before_are_versions_of_the_table() -> None:
         assert {row.since, row.before} - {None} <= set(versions.known()), row.name
 
 
-def test_every_flag_of_trtllm_build_has_a_row() -> None:
-    assert set(TRTLLM_BUILD.read_text(encoding="utf-8").split()) <= set(versions.table().options["build"])
+@pytest.mark.parametrize(("file", "sections"), PROGRAMS)
+def test_everything_that_a_program_can_be_told_has_a_row(file: str, sections: tuple[versions.Section, ...]) -> None:
+    names = (GOLDEN / file).read_text(encoding="utf-8").split()
+    assert [name for name in names if not any(versions.option(section, name) for section in sections)] == []
 
 
 def test_no_name_is_both_a_flag_of_trtllm_serve_and_a_field_of_its_yaml() -> None:
