@@ -288,10 +288,10 @@ def _build(
 
 
 def _failure(name: str, log: Path, code: int) -> LlmoptError:
-    kind = out_of_memory(log, code)
-    if kind is None:
+    words = out_of_memory(log, code)
+    if words is None:
         return LlmoptError(f"`{name}` failed ({how(code)})", hint=last_lines(log))
-    return LlmoptError(f"`{name}` ran out of {kind} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
+    return LlmoptError(f"`{name}` {words} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
 
 
 def _observe(place: _Place, log: Path, progress: Progress, deadline_s: float, timeout_s: float) -> dict[str, Json]:

@@ -308,8 +308,8 @@ def test_a_failure_shows_the_last_lines_and_keeps_the_log(machine: Machine) -> N
     ("deed", "message"),
     [
         ("gpu memory", r"^`trtllm-build` ran out of GPU memory \(exit code 1\)$"),
-        ("host memory", r"^`trtllm-build` ran out of memory \(exit code 1\)$"),
-        ("killed", r"^`trtllm-build` ran out of memory \(killed by SIGKILL\)$"),
+        ("host memory", r"^`trtllm-build` was killed, as by a system that ran out of memory \(exit code 1\)$"),
+        ("killed", r"^`trtllm-build` was killed, as by a system that ran out of memory \(killed by SIGKILL\)$"),
     ],
 )
 def test_running_out_of_memory_is_recognised(machine: Machine, deed: str, message: str) -> None:
@@ -369,8 +369,8 @@ def test_ranks_that_do_not_belong_and_empty_files_are_faults(machine: Machine) -
 @pytest.mark.parametrize("mode", ["engine", "bundle"])
 def test_a_time_out_ends_every_process(machine: Machine, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_GRACE_S", 0.2)
-    with pytest.raises(LlmoptError, match=r"(was ended after|was not healthy within) 0\.8 s") as caught:
-        machine.run(machine.prepared(mode=mode), deed="hang", timeout_s=0.8)
+    with pytest.raises(LlmoptError, match=r"(was ended after|was not healthy within) 3 s") as caught:
+        machine.run(machine.prepared(mode=mode), deed="hang", timeout_s=3)
     assert caught.value.code is Exit.ERROR
     assert not any(is_running(pid) for pid in pids_in(machine.log()))
 
@@ -613,7 +613,7 @@ def test_a_container_is_removed_when_its_command_was_ended(
 ) -> None:
     monkeypatch.setattr(child, "_GRACE_S", 0.2)
     with pytest.raises(LlmoptError, match="was ended after"):
-        machine.run(builder=Builder.parse("docker:ngc/trt:1"), deed="hang", timeout_s=1.5)
+        machine.run(builder=Builder.parse("docker:ngc/trt:1"), deed="hang", timeout_s=3)
     *_, ran, removed = docker()
     assert removed == ["rm", "--force", ran[ran.index("--name") + 1]]
 
