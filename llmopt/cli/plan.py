@@ -67,7 +67,7 @@ def plan(
 ) -> None:
     """Say what fits where for MODEL, how fast it would be and what it would cost. Nothing is loaded or run.
 
-    MODEL is a folder, a config.json, an artifact of the store, or a number of parameters: `70B`.
+    MODEL is a folder, a config.json, ORG/NAME of the hub, an artifact, or a number of parameters: `70B`.
     """
     from llmopt.planner import choose, shape
     from llmopt.planner import precision as precisions
@@ -94,14 +94,17 @@ def plan(
 
 
 def _located(session: opt.Session, model: str) -> str:
-    """A folder for the name of an artifact; what is a path or a number of parameters as it is."""
+    """A path for the name of an artifact, or of a model of the hub (its config.json is fetched); others as given."""
     from pathlib import Path
 
-    if Path(model).exists() or re.fullmatch(r"\d+(\.\d+)?[mMbBtT]", model) or "/" in model:
+    if Path(model).exists() or re.fullmatch(r"\d+(\.\d+)?[mMbBtT]", model):
         return model
-    from llmopt.pipeline import inputs
+    from llmopt.pipeline import hub, inputs
 
-    return str(inputs.resolve(session.store, model).path)
+    wanted = None if model.startswith((".", "~", "/")) else hub.Reference.parse(model)
+    if wanted is not None and wanted.kind == "model":
+        return str(hub.fetch_config(wanted, session.console.progress))
+    return model if "/" in model else str(inputs.resolve(session.store, model).path)
 
 
 def _limits(texts: Sequence[str]) -> list[Limit]:

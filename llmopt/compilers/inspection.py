@@ -158,23 +158,15 @@ def _wrong(stored: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
     return counts | ({"zero or less": int((values[finite] <= 0).sum())} if positive else {})
 
 
-def checksums(folder: Path) -> dict[str, Any]:
-    """What CHECKSUMS holds of the files of a folder as they lie there: sha256 by file, and by tensor of each."""
-    faults, files, tensors = Faults(), {}, {}
-    for file in _files(folder):
-        if file.suffix == ".safetensors":
-            found = read_tensors(file, faults)
-            seen = {name: look(file.name, name, info, faults) for name, info in sorted(found.items())}
-            tensors[file.name] = {name: each.digest for name, each in seen.items()}
-        else:
-            files[file.name] = sha256(file.read_bytes()).hexdigest()
-    return {"schema": _SCHEMA, "files": files, "tensors": tensors}
-
-
-def record(folder: Path) -> None:
-    """Write CHECKSUMS into a folder that has just been prepared."""
-    text = json.dumps(checksums(folder), indent=1) + "\n"
+def write_checksums(folder: Path, seen: Mapping[str, Mapping[str, Seen]]) -> int:
+    """Write CHECKSUMS into a folder that has just been prepared; returns how many digests it has."""
+    files = {file.name: sha256(file.read_bytes()).hexdigest() for file in _small_files(folder)}
+    tensors = {
+        file: {name: each.digest for name, each in sorted(found.items())} for file, found in sorted(seen.items())
+    }
+    text = json.dumps({"schema": _SCHEMA, "files": files, "tensors": tensors}, indent=1) + "\n"
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+    return len(files) + sum(len(known) for known in tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +190,7 @@ class Checksums:
         return found
 
     def _compare_files(self, folder: Path, faults: Faults) -> None:
-        present = {file.name for file in _files(folder) if file.suffix != ".safetensors"}
+        present = {file.name for file in _small_files(folder)}
         for name in sorted(self.files.keys() | present):
             if name not in present:
                 faults.add(name, "is missing: it was there when the checkpoint was prepared")
@@ -228,8 +220,10 @@ def stray_weights(folder: Path, known: Iterable[str], faults: Faults) -> None:
             faults.add(file.name, "does not belong here, and would be loaded")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+def _small_files(folder: Path) -> list[Path]:
+    """What lies beside the weights."""
+    files = (file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
+    return sorted(file for file in files if file.suffix != ".safetensors")
 
 
 def _fits(info: TensorInfo, part: Part) -> bool:

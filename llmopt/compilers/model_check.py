@@ -6,6 +6,7 @@ tensors too many, and files that disagree.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -113,8 +114,7 @@ def _check_quantization(own: Mapping[str, Any] | None, beside: Mapping[str, Any]
     if not isinstance(said, Mapping):
         faults.add(_QUANTIZATION, "has no `quantization`")
         return
-    if own is None:
-        faults.add("config.json", f"has no `quantization_config`, and {_QUANTIZATION} says `{said.get('quant_algo')}`")
+    if own is None:  # as ModelOpt had it once; loaders read the other then
         return
     cache = "FP8" if own.get("kv_cache_scheme") else None
     for here, there, one, other in (
@@ -135,7 +135,8 @@ def _check_tensors(checkpoint: Checkpoint, faults: Faults) -> tuple[int | None, 
     """Names, dtypes and shapes; returns the embedding's rows (None: config.json is unfit) and what does not fit."""
     try:
         config, reader = DecoderConfig.parse(checkpoint), open_quantized(checkpoint)
-        expected = _layout(checkpoint, config, reader)
+        dtype = _usual_dtype(checkpoint, config)
+        expected = _layout(checkpoint, config, reader, dtype)
         if reader is not None:
             _check_excluded(config, reader, faults)
     except LlmoptError as error:
@@ -145,12 +146,22 @@ def _check_tensors(checkpoint: Checkpoint, faults: Faults) -> tuple[int | None, 
     unfit = compare("weights", present, expected, faults)
     for key in ("dtype", "torch_dtype"):
         said = checkpoint.config.get(key)
-        if said in _DTYPES and _DTYPES[said] != config.dtype:
-            faults.add("config.json", f"says `{key}: {said}` where the embedding is {config.dtype}")
+        if said in _DTYPES and _DTYPES[said] != dtype:
+            faults.add("config.json", f"says `{key}: {said}` where the weights are {dtype}")
     return config.vocab_size, unfit
 
 
-def _layout(checkpoint: Checkpoint, config: DecoderConfig, reader: QuantizedReader | None) -> dict[str, Part]:
+def _usual_dtype(checkpoint: Checkpoint, config: DecoderConfig) -> str:
+    """That of most plain matrices, so that one which differs is the fault."""
+    tensors = checkpoint.tensors.items()
+    counts = Counter(info.dtype for name, info in tensors if name.endswith(".weight") and len(info.shape) == 2)
+    floats = [dtype for dtype, _ in counts.most_common() if dtype in FLOATS]
+    return floats[0] if floats else config.dtype
+
+
+def _layout(
+    checkpoint: Checkpoint, config: DecoderConfig, reader: QuantizedReader | None, dtype: str
+) -> dict[str, Part]:
     """Every tensor that config.json asks for. LlmoptError for what is not supported."""
     head, plain = f"{config.family.head}.weight", dict(config.outer_shapes())
     tied = Facts.of(checkpoint.config).flag("tie_word_embeddings")
@@ -159,7 +170,7 @@ def _layout(checkpoint: Checkpoint, config: DecoderConfig, reader: QuantizedRead
     for index in range(config.layers):
         plain |= {f"{config.block(index)}.{name}": shape for name, shape in config.block_shapes(index).items()}
     # Norms and biases may be in another float than the weights, as some models have them.
-    dtypes = tuple(dict.fromkeys((config.dtype, "F32")))
+    dtypes = tuple(dict.fromkeys((dtype, "F32")))
     expected = {name: Part(dtypes[:1] if len(shape) == 2 else dtypes, (shape,)) for name, shape in plain.items()}
     if reader is None:
         return expected

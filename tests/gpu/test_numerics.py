@@ -377,6 +377,55 @@ def test_a_kv_cache_gives_back_what_was_put_into_it(
         assert torch.equal((values / scale).to(dtype).float() * scale, values)
 
 
+#: How a family stores q, k and v: the name of their linear, and from its rows, seen as heads, to those of each.
+FUSED: Mapping[str, tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]]] = {
+    # Each head's q, k and v follow each other (GPTNeoXAttention).
+    "gpt_neox": (
+        "gpt_neox.layers.0.attention.query_key_value",
+        lambda heads, _: (heads[0::3], heads[1::3], heads[2::3]),
+    ),
+    # All heads of q, then the one of k and the one of v (FalconAttention with `multi_query`).
+    "falcon": (
+        "transformer.h.0.self_attention.query_key_value",
+        lambda heads, _: (heads[:-2], heads[-2:-1], heads[-1:]),
+    ),
+    # Each KV head after the heads of q that share it (FalconAttention with `new_decoder_architecture`).
+    "falcon-new": (
+        "transformer.h.0.self_attention.query_key_value",
+        lambda heads, kv: tuple(
+            part.reshape(-1, *heads.shape[1:])
+            for part in np.split(heads.reshape(kv, -1, *heads.shape[1:]), [-2, -1], axis=1)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("family", FUSED)
+def test_heads_that_a_family_stores_together_go_to_their_ranks(
+    make_checkpoint: Callable[..., Path], device: str, tmp_path: Path, family: str, tensor_parallel: int
+) -> None:
+    own_config: Mapping[str, Any] = {
+        "gpt_neox": {"intermediate_size": 512},  # TensorRT-LLM has no other than four times the hidden size
+        "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    }
+    path = make_checkpoint(family.partition("-")[0], **own_config.get(family, {}))
+    prefix, split = FUSED[family]
+    weight_OI = read(path / "model.safetensors")[f"{prefix}.weight"].double().numpy()
+    q, k, v = split(weight_OI.reshape(-1, 32, weight_OI.shape[1]), 2)
+    ranks = engine_checkpoint(Known(path, {}), tmp_path, tensor_parallel, 1)
+    found = {}
+    for rank, tensors in enumerate(ranks):
+        # Where there are fewer KV heads than ranks, every rank has all of them.
+        own = [
+            np.split(heads, tensor_parallel)[rank] if len(heads) >= tensor_parallel else heads for heads in (q, k, v)
+        ]
+        x_TI, y_TO = engine_plain(part_of(tensors, "transformer.layers.0.attention.qkv", device), device)
+        found[str(rank)] = error(y_TO, x_TI, np.concatenate(own).reshape(-1, weight_OI.shape[1]))
+    tell(f"engine {family} qkv TP {tensor_parallel}", device, found)
+    assert max(found.values()) < 1.6e-2
+
+
 def tell(layout: str, device: str, errors: Mapping[str, float]) -> None:
     """The figure for the documentation: `pytest -s`."""
     name = torch.cuda.get_device_name() if device == "cuda" else device

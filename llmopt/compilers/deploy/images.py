@@ -14,7 +14,7 @@ LMI_ACCOUNT = "763104351884"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A tag, and the runtime's version in it as its source gives it."""
+    """What to pull, and the runtime's version in it as its source gives it. LMI's are without their registry."""
 
     tag: str
     holds: str
@@ -23,20 +23,20 @@ class Image:
 #: LMI's `djl-inference`, by the version of TensorRT-LLM. It is the last one; what lies in it is said by djl-serving's
 #: release notes for 0.33.0 and by aws/deep-learning-containers, docs/src/data/djl-inference/0.33-tensorrtllm0.21.0.
 LMI_TENSORRT_LLM: Mapping[str, Image] = {
-    "0.21.0": Image("0.33.0-tensorrtllm0.21.0-cu128", "TensorRT-LLM 0.21.0rc1"),
+    "0.21.0": Image("djl-inference:0.33.0-tensorrtllm0.21.0-cu128", "TensorRT-LLM 0.21.0rc1"),
 }
 #: The same by the version of vLLM, oldest first: aws/deep-learning-containers, docs/src/data/djl-inference/*.yml.
 LMI_VLLM: Mapping[str, Image] = {
-    "0.15.1": Image("0.36.0-lmi20.0.0-cu128", "vLLM 0.15.1"),
-    "0.16.0": Image("0.36.0-lmi21.0.0-cu129", "vLLM 0.16.0"),
-    "0.17.0": Image("0.36.0-lmi22.0.0-cu129", "vLLM 0.17.0"),
-    "0.18.0": Image("0.36.0-lmi23.0.0-cu129", "vLLM 0.18.0"),
-    "0.19.0": Image("0.36.0-lmi24.0.0-cu129", "vLLM 0.19.0"),
-    "0.20.1": Image("0.36.0-lmi25.0.0-cu130", "vLLM 0.20.1"),
-    "0.22.1": Image("0.36.0-lmi26.0.0-cu130", "vLLM 0.22.1"),
-    "0.23.1": Image("0.36.0-lmi27.0.0-cu130", "vLLM 0.23.1"),
-    "0.26.0": Image("0.36.0-lmi28.0.0-cu130", "vLLM 0.26.0"),
-    "0.28.0": Image("0.38.0-lmi29.0.0-cu130", "vLLM 0.28.0"),
+    "0.15.1": Image("djl-inference:0.36.0-lmi20.0.0-cu128", "vLLM 0.15.1"),
+    "0.16.0": Image("djl-inference:0.36.0-lmi21.0.0-cu129", "vLLM 0.16.0"),
+    "0.17.0": Image("djl-inference:0.36.0-lmi22.0.0-cu129", "vLLM 0.17.0"),
+    "0.18.0": Image("djl-inference:0.36.0-lmi23.0.0-cu129", "vLLM 0.18.0"),
+    "0.19.0": Image("djl-inference:0.36.0-lmi24.0.0-cu129", "vLLM 0.19.0"),
+    "0.20.1": Image("djl-inference:0.36.0-lmi25.0.0-cu130", "vLLM 0.20.1"),
+    "0.22.1": Image("djl-inference:0.36.0-lmi26.0.0-cu130", "vLLM 0.22.1"),
+    "0.23.1": Image("djl-inference:0.36.0-lmi27.0.0-cu130", "vLLM 0.23.1"),
+    "0.26.0": Image("djl-inference:0.36.0-lmi28.0.0-cu130", "vLLM 0.26.0"),
+    "0.28.0": Image("djl-inference:0.38.0-lmi29.0.0-cu130", "vLLM 0.28.0"),
 }
 #: nvcr.io/nvidia/tritonserver, by the version of TensorRT-LLM: triton-inference-server/server,
 #: docs/introduction/compatibility.md, the newest row of each version.
@@ -52,7 +52,7 @@ AWS_CLI = "amazon/aws-cli:2.27.9"
 
 
 def lmi(deployment: Deployment) -> Image:
-    """The tag of `djl-inference` for the deployment; for vLLM the newest where none holds the version.
+    """LMI's container for the deployment; for vLLM the newest where none holds the version.
 
     Raises SettingsError for a TensorRT-LLM that no image of LMI holds, unless the user names one.
     """

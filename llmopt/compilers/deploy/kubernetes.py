@@ -7,6 +7,7 @@ discovery (the resource and the labels of a GPU's compute capability).
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +35,8 @@ def emit(deployment: Deployment) -> dict[str, str]:
     head = _HEAD.format(name=deployment.name, gpus=deployment.gpus, image=image.tag, holds=image.holds, url=url)
 
     def text(value: Mapping[str, Any]) -> str:
-        return yaml.safe_dump(value, sort_keys=False, width=120)
+        plain = json.loads(json.dumps(value))  # what is the same object twice would become an anchor and an alias
+        return yaml.safe_dump(plain, sort_keys=False, width=120)
 
     return {
         "deployment.yaml": head + text(_deployment(deployment, image.tag, url)),

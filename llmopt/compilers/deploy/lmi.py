@@ -56,8 +56,7 @@ def emit(deployment: Deployment) -> dict[str, str]:
         if deployment.url is None
         else "The model is fetched from option.model_id when the container starts."
     )
-    container = f"{image.tag} ({image.holds})" if deployment.image else f"djl-inference:{image.tag} ({image.holds})"
-    comments = [f"Container: {container}", where]
+    comments = [f"Container: {image.tag} ({image.holds})", where]
     if deployment.mode == "engine":
         comments.append("The engines must have been built inside that container, on the GPU that will serve them.")
     values = values_of(deployment)

@@ -65,9 +65,7 @@ def emit(deployment: Deployment) -> dict[str, str]:
         "ModelName": name,
         "ExecutionRoleArn": ROLE,
         "PrimaryContainer": {
-            "Image": image.tag
-            if deployment.image
-            else f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/djl-inference:{image.tag}",
+            "Image": image.tag if deployment.image else f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{image.tag}",
             "ModelDataSource": {
                 "S3DataSource": {
                     "S3Uri": f"{url}/{deployment.model}/",

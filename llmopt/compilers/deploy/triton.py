@@ -220,8 +220,7 @@ def _text(value: Json) -> str:
 
 
 def _fill(model: str, values: Mapping[str, str]) -> str:
-    """A call of the script's `fill`; only the path is left to the shell."""
-    pairs = (
-        f'"{key}:{value}"' if value == "$engine" else shlex.quote(f"{key}:{value}") for key, value in values.items()
-    )
+    """A call of the script's `fill`; only the paths are left to the shell."""
+    paths = ("$engine", "$artifact")
+    pairs = (f'"{k}:{v}"' if v in paths else shlex.quote(f"{k}:{v}") for k, v in values.items())
     return " \\\n  ".join([f"fill {model}", *pairs])

@@ -22,6 +22,7 @@ from llmopt.compilers.inspection import (
     read_json,
     read_tensors,
     stray_weights,
+    write_checksums,
 )
 from llmopt.compilers.model_check import check_model, check_tokenizer
 from llmopt.compilers.trt_llm.config import EngineConfig
@@ -52,27 +53,27 @@ class Report:
         }
 
 
-def validate(folder: Path) -> Report:
-    """Check a prepared artifact, or the folder of weights in it.
+def validate(folder: Path, *, record: bool = False) -> Report:
+    """Check a prepared artifact, or the folder of weights in it; `record` writes CHECKSUMS beside what is in order.
 
     Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order.
     """
     if (folder / CHECKPOINT / "config.json").exists():
-        return _engine(folder / CHECKPOINT, tokenizer=folder)
+        return _engine(folder / CHECKPOINT, tokenizer=folder, record=record)
     if (folder / MODEL / "config.json").exists():
-        return _bundle(folder / MODEL)
-    if any(folder.glob("rank*.safetensors")):
-        return _engine(folder, tokenizer=None)
-    if (folder / "config.json").exists():
+        return _bundle(folder / MODEL, record=record)
+    is_engine = any(folder.glob("rank*.safetensors"))
+    if is_engine or (folder / "config.json").exists():
         config = read_json(folder / "config.json", Faults()) or {}
-        return _engine(folder, tokenizer=None) if "mapping" in config else _bundle(folder)
+        is_engine = is_engine or "mapping" in config
+        return _engine(folder, tokenizer=None, record=record) if is_engine else _bundle(folder, record=record)
     raise LlmoptError(
         f"`{folder}` is nothing that was prepared for TensorRT-LLM",
         hint=f"give an artifact with `{CHECKPOINT}/` or `{MODEL}/`, or one of these folders itself",
     )
 
 
-def _engine(folder: Path, *, tokenizer: Path | None) -> Report:
+def _engine(folder: Path, *, tokenizer: Path | None, record: bool) -> Report:
     """The unified checkpoint: config.json and a file a rank."""
     faults = Faults()
     sums, config = Checksums.read(folder, faults), _config(folder, faults)
@@ -93,6 +94,7 @@ def _engine(folder: Path, *, tokenizer: Path | None) -> Report:
     if tokenizer is not None:
         check_tokenizer(tokenizer, None if config is None else config.vocab_size, faults)
     faults.check(folder, "checkpoint of TensorRT-LLM")
+    digests = write_checksums(folder, seen) if record else digests
     return _report("engine", len(files), tensors, digests)
 
 
@@ -160,7 +162,7 @@ def _check_distinct(name: str, found: Mapping[int, Seen], faults: Faults) -> Non
             faults.add(f"rank{rank}.safetensors", f"`{name}` is the part of rank {owner}")
 
 
-def _bundle(folder: Path) -> Report:
+def _bundle(folder: Path, *, record: bool) -> Report:
     """A checkpoint of Hugging Face, plain or ModelOpt's."""
     faults = Faults()
     sums = Checksums.read(folder, faults)
@@ -168,6 +170,7 @@ def _bundle(folder: Path) -> Report:
     seen = _look(tensors, dict.fromkeys(tensors, unfit), faults)
     digests = 0 if sums is None else sums.compare(seen, faults)
     faults.check(folder, "bundle for TensorRT-LLM")
+    digests = write_checksums(folder, seen) if record else digests
     return _report("bundle", 1, tensors, digests)
 
 

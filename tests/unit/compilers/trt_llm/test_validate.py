@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmopt.compilers.inspection import CHECKSUMS, SCALES, record
+from llmopt.compilers.inspection import CHECKSUMS, SCALES
 from llmopt.compilers.trt_llm.config import EngineConfig
 from llmopt.compilers.trt_llm.layout import layout
 from llmopt.compilers.trt_llm.validate import validate
@@ -144,7 +144,7 @@ def test_a_checkpoint_in_order_passes(name: str, tmp_path: Path) -> None:
     report = validate(folder)
     assert (report.mode, report.ranks, report.digests) == ("engine", config.ranks, 0)
     assert report.tensors == sum(len(layout(config, rank)) for rank in range(config.ranks))
-    record(folder)
+    validate(folder, record=True)
     assert validate(folder).digests == report.tensors + 1
     assert validate(folder).metrics()["bytes"] == report.bytes > 0
 
@@ -248,7 +248,7 @@ def test_a_tensor_of_another_rank_is_found(name: str, tmp_path: Path) -> None:
     config = LAYOUTS[name]
     ranks = tensors_of(config)
     write(tmp_path, config.to_json(), ranks)
-    record(tmp_path)
+    validate(tmp_path, record=True)
     for tensor in ranks[0]:
         one, other = ranks[0][tensor], ranks[1][tensor]
         alike = one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
@@ -300,7 +300,7 @@ def test_siblings_of_one_shape_that_changed_places_are_found(tmp_path: Path) -> 
     config = LAYOUTS["w4-tp2"]
     ranks = tensors_of(config)
     write(tmp_path, config.to_json(), ranks)
-    record(tmp_path)
+    validate(tmp_path, record=True)
     for tensor in ("weight", "weights_scaling_factor", "prequant_scaling_factor"):
         gate, fc = f"transformer.layers.0.mlp.gate.{tensor}", f"transformer.layers.0.mlp.fc.{tensor}"
         write(tmp_path, config.to_json(), {0: ranks[0] | {gate: ranks[0][fc], fc: ranks[0][gate]}})
@@ -313,7 +313,7 @@ def test_every_edit_of_config_json_is_found(key: str, tmp_path: Path) -> None:
     config = LAYOUTS["fp8-tp2"]
     said = config.to_json()
     write(tmp_path, said, tensors_of(config))
-    record(tmp_path)
+    validate(tmp_path, record=True)
     for edited in (_edited(said, key), {name: value for name, value in said.items() if name != key}):
         (tmp_path / "config.json").write_text(json.dumps(edited, indent=4))
         assert "config.json: " in faults(tmp_path)
@@ -395,7 +395,7 @@ def test_a_file_that_changed_or_came_later_is_found(tmp_path: Path) -> None:
     config = LAYOUTS["plain"]
     write(tmp_path, config.to_json(), tensors_of(config))
     (tmp_path / "notes.json").write_text("{}")
-    record(tmp_path)
+    validate(tmp_path, record=True)
     (tmp_path / "notes.json").unlink()
     (tmp_path / "later.json").write_text("{}")
     said = faults(tmp_path)
