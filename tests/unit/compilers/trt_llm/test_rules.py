@@ -31,7 +31,7 @@ def refused(values: dict[str, Any]) -> SettingsError:
 
 
 VERSIONS = [
-    ({"version": "1.4.2"}, "`1.4.2` is not in the table", "`1.3.0rc27`"),
+    ({"version": "1.4.2"}, "`1.4.2` is not in the table", "`1.4.0rc1`"),
     ({"version": "newest"}, "`newest` is no version", "`1.2.1`"),
     ({"version": "1.3.0rc21", "mode": "engine"}, "no engine builder: it was removed after 1.3.0rc20", "`mode: bundle`"),
     ({"version": "1.3.0", "mode": "engine"}, "no engine builder", "`version: 1.2.1`"),
