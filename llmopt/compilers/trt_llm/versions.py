@@ -7,6 +7,7 @@ could not be read at the release itself says which source it was.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ def find(name: str) -> Version:
     neighbour = before[-1] if before else known()[0]
     raise SettingsError(
         f"TensorRT-LLM `{name}` is not in the table of versions, so its flags are not known",
-        hint=f"the nearest that is: `{neighbour}`; all: " + ", ".join(f"`{row}`" for row in _abridged()),
+        hint=f"the nearest that is: `{neighbour}`; all: {_abridged()}",
     )
 
 
@@ -161,13 +162,10 @@ def is_past_the_builder(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and _order(name) > _order(LAST_BUILDER)
 
 
-def _abridged() -> Iterator[str]:
-    """The known versions, a run of candidates as its first and last."""
-    names = known()
-    for number, name in enumerate(names):
-        inside = all("rc" in n for n in names[max(number - 1, 0) : number + 2])
-        if not (inside and 0 < number < len(names) - 1):
-            yield name
+def _abridged() -> str:
+    """The known versions in words, the candidates of a release as their first and last."""
+    runs = [list(run) for _, run in itertools.groupby(known(), key=lambda name: name.partition("rc")[0])]
+    return ", ".join(f"`{run[0]}`" + (f" to `{run[-1]}`" if len(run) > 1 else "") for run in runs)
 
 
 def _versions(row: Mapping[str, Any]) -> Iterator[Version]:
