@@ -29,7 +29,8 @@ def run(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Quantize, compile, evaluate and load-test a model as PIPELINE says: a YAML file, or a shipped profile.
+    """Quantize, compile, evaluate and load-test a model as PIPELINE says: a YAML file, a shipped profile, or LMI's
+    serving.properties.
 
     Only what the store does not have is done.
     """

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """What to do with which model; every section holds settings that its stage takes."""
+    """What to do with which model; every section holds settings that its stage takes.
+
+    notes: what the file that it was read from says that is not carried, or otherwise.
+    """
 
     name: str
     model: str
     sections: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -83,8 +87,9 @@ class _Pending:
 
 
 def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file or a shipped profile, apply `key.sub=value` overrides and check every setting."""
-    profile = profiles.load(reference)
+    """Read a pipeline file, a shipped profile or LMI's serving.properties, apply `key.sub=value` overrides and check
+    every setting."""
+    profile, notes = _read(reference)
     for override in overrides:
         profile = _override(profile, override)
     if profile.model is None:
@@ -98,7 +103,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
         resolved(profile, name)
     if "bench" in sections and "compile" not in sections:
         raise SettingsError("`bench` measures an engine, and nothing compiles one", hint="add a section `compile:`")
-    pipeline = Pipeline(name=profile.name, model=profile.model, sections=sections)
+    pipeline = Pipeline(name=profile.name, model=profile.model, sections=sections, notes=notes)
     if "compile-base" in pipeline.steps and "quantize" not in sections:
         raise SettingsError("`bench.against: base` needs a quantized model to set against it", hint="add `quantize:`")
     return pipeline
@@ -119,6 +124,8 @@ def run(
     `why` finds out what separates a miss from what the store has. `keep` is that of `runner.execute`, called with the
     step's name too. `builder` is what builds the engines of a staged target here.
     """
+    for note in pipeline.notes:
+        progress(note)
     chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep, builder=builder)
     steps, sections = pipeline.steps, pipeline.sections
     source = inputs.model(store, pipeline.model, progress)
@@ -262,6 +269,16 @@ class _Chain:
             keep = None if self._keep is None else partial(self._keep, name)
             result = runner.execute(self._store, stage, within(self._progress, name, step=name), keep=keep)
         return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
+
+
+def _read(reference: str) -> tuple[profiles.Profile, tuple[str, ...]]:
+    """The profile, and what is to be told of how it was read."""
+    if not reference.endswith(".properties"):
+        return profiles.load(reference), ()
+    from llmopt.compilers.deploy import lmi_read
+
+    read = lmi_read.read(reference)
+    return read.profile, read.notes
 
 
 def _override(profile: profiles.Profile, override: str) -> profiles.Profile:

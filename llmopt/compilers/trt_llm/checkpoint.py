@@ -39,7 +39,7 @@ def check(source: Source, settings: Settings) -> EngineConfig:
         for index in range(config.layers):
             for module, linears in block_linears(source.config).items():
                 if f"transformer.layers.{index}.{module}" not in config.plain:
-                    _check_grids(source, config, index, module, linears)
+                    check_grids(source, config, index, module, linears)
         source.checkpoint.release()
     _kv_scales(source, config)
     return config
@@ -103,7 +103,7 @@ class _Notes:
         if self.loader_rounds:
             told.append(
                 f"TensorRT-LLM will round {self.loader_rounds} scales of weights to {config.dtype} as it loads them; "
-                "`--set compile.dtype=float16` keeps more of them"
+                "`compile.dtype: float16` keeps more of them"
             )
         if self.head_dequantized:
             told.append(f"the quantized output head was turned into {config.dtype}: the engine has it unquantized")
@@ -181,21 +181,20 @@ class _Writer:
         """The modules of a block with their linears; together those whose FP8 scales become one, as ModelOpt has it:
         the builder makes one product of `fc` and `gate`, and rounds to half precision on the way where they differ."""
         linears = block_linears(self.source.config)
-        fusions = [[(module, linears[module.name])] for module in modules(self.config) if module.name != GATE]
-        for module in modules(self.config):
-            if module.name == GATE:
-                pair = [(module, linears[GATE])]
-                found = next(fusion for fusion in fusions if fusion[0][0].name == FC)
-                fusions.append(pair) if self.config.algorithm != FP8 else found.extend(pair)
-        return fusions
+        found = {module.name: [(module, linears[module.name])] for module in modules(self.config)}
+        if self.config.algorithm == FP8 and GATE in found:
+            found[FC] += found.pop(GATE)
+        return list(found.values())
 
     def _floats_of(self, files: list[RankFile], part: _ModulePart, suffix: str) -> None:
         """The weight or the bias of a module that is not quantized, on each rank."""
         for number, file in enumerate(files):
-            piece = self._piece(part, number)
-            arrays = [self.source.checkpoint.array(f"{prefix}.{suffix}") for prefix in part.prefixes]
-            dtype = self.source.checkpoint.tensors[f"{part.prefixes[0]}.{suffix}"].dtype
-            file.put(f"{part.name}.{suffix}", self._cast(f"{part.prefixes[0]}.{suffix}", piece.of(arrays), dtype))
+            piece, cast = self._piece(part, number), []
+            for prefix, rows in zip(part.prefixes, piece.rows, strict=True):
+                name = f"{prefix}.{suffix}"
+                own = Piece(rows=(rows,), columns=piece.columns).of([self.source.checkpoint.array(name)])
+                cast.append(self._cast(name, own, self.source.checkpoint.tensors[name].dtype).array)
+            file.put(f"{part.name}.{suffix}", Stored(self.config.stored_dtype, np.concatenate(cast)))
 
     def _codes_of(self, files: list[RankFile], parts: list[_ModulePart], index: int) -> None:
         """Modules that are quantized, on each rank."""
@@ -226,8 +225,12 @@ class _Writer:
         name = prefix.removeprefix(f"{self.source.config.block(index)}.")
         weight = reader.linear(prefix, self.source.config.linear_shapes(index)[name])
         assert weight is not None
-        if not (np.isfinite(weight.scale_OG) & (weight.scale_OG > 0)).all():
+        input_scale = reader.input_scale(prefix)
+        scales = np.append(weight.scale_OG, [] if input_scale is None else [input_scale])
+        if not (np.isfinite(scales) & (scales > 0)).all():
             raise LlmoptError(f"`{prefix}` has scales that are not positive numbers", hint=_REQUANTIZE)
+        if weight.kind == "float" and ((weight.codes_OI & 0x7F) == 0x7F).any():
+            raise LlmoptError(f"`{prefix}` has FP8 weights that are no numbers", hint=_REQUANTIZE)
         if config.algorithm == AWQ:
             self.notes.loader_rounds += _changed(weight.scale_OG, config.stored_dtype)
         if weight.smooth_I is not None and config.algorithm != SMOOTH_DYNAMIC:
@@ -276,6 +279,8 @@ class _Writer:
     def _cast(self, name: str, array: np.ndarray, dtype: str) -> Stored:
         """A tensor of the checkpoint in the engine's dtype; counts what that rounds."""
         wanted = self.config.stored_dtype
+        if not _finite(array, dtype):
+            raise LlmoptError(f"`{name}` has values that are no numbers", hint="download the checkpoint again")
         if dtype == wanted:
             return Stored(dtype, array)
         floats = bfloat16_to_float32(array) if dtype == "BF16" else np.asarray(array, np.float32)
@@ -284,7 +289,7 @@ class _Writer:
         read = as_float(stored)
         if not np.isfinite(read).all():
             raise LlmoptError(
-                f"`{name}` has values that {self.config.dtype} does not hold", hint="set `compile.dtype=bfloat16`"
+                f"`{name}` has values that {self.config.dtype} does not hold", hint="set `compile.dtype: bfloat16`"
             )
         self.notes.rounded += int((read != floats).sum())
         return stored
@@ -308,12 +313,17 @@ def _scalar(value: float) -> Stored:
     return Stored("F32", np.array([value], np.float32))
 
 
+def _finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether all are numbers; BF16 comes as its bits."""
+    return bool(((array & 0x7F80) != 0x7F80).all() if dtype == "BF16" else np.isfinite(array).all())
+
+
 def _changed(values: np.ndarray, dtype: str) -> int:
     with np.errstate(over="ignore"):
         return int((as_float(store_float(values, dtype)) != values).sum())
 
 
-def _check_grids(source: Source, config: EngineConfig, index: int, module: str, linears: tuple[str, ...]) -> None:
+def check_grids(source: Source, config: EngineConfig, index: int, module: str, linears: tuple[str, ...]) -> None:
     """That the codes of a module can be carried over: no zero points, groups in order, one scale of the input."""
     reader, block = source.reader, source.config.block(index)
     assert reader is not None

@@ -21,9 +21,11 @@ class Settings:
     version: of TensorRT-LLM. mode: a checkpoint for `trtllm-build`, or one that `trtllm-serve` loads; auto: bundle
     where the version has it. dtype: of what is not quantized; auto: the checkpoint's. gpu: a name of the hardware
     table ("H100"), for its architecture and memory; None: any that has the arithmetic. kv_cache: auto: what the
-    checkpoint has scales for. Lengths are in tokens, None: the model's own, to a limit (`sized`). build: further options of `trtllm-build`, serve: of
-    `trtllm-serve` and its YAML, by TensorRT-LLM's own names. emit: deployments to write; url: where the artifact will
-    lie for them; instance: the cloud instance they ask for; served_name: the model's name for its clients.
+    checkpoint has scales for. Lengths are in tokens, None: the model's own, to a limit (`sized`). build: further
+    options of `trtllm-build`, serve: of `trtllm-serve` and its YAML, by TensorRT-LLM's own names. emit: deployments to
+    write; for them url: where the artifact will lie; instance: the cloud instance they ask for; image: a container of
+    the user's in place of the one that the deployment knows; loading_timeout_s: until a server counts as not started;
+    lmi: further properties of AWS's LMI; served_name: the model's name for its clients.
 
     Raises SettingsError for what `rules.check_settings` refuses.
     """
@@ -48,6 +50,9 @@ class Settings:
     emit: tuple[str, ...] = ()
     url: str | None = None
     instance: str | None = None
+    image: str | None = None
+    loading_timeout_s: int = 1800
+    lmi: Mapping[str, str] = field(default_factory=dict)
     served_name: str = "model"
     trust_remote_code: bool = False
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmopt.models.config import DecoderConfig
     from llmopt.models.rope import Rope
 
-BUNDLE = "`--set compile.mode=bundle` serves it from a checkpoint without an engine"
+BUNDLE = "`compile.mode: bundle` serves models without an engine"
 QKV, DENSE, FC, GATE, PROJ = "attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"
 
 

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmopt.artifacts.outcome import silent
-from llmopt.compilers.trt_llm.checkpoint import check, write
+from llmopt.compilers.trt_llm.checkpoint import check, check_grids, write
 from llmopt.compilers.trt_llm.config import EngineConfig
 from llmopt.compilers.trt_llm.layout import layout
 from llmopt.compilers.trt_llm.settings import Settings
+from llmopt.compilers.trt_llm.sources import PROJ, QKV
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats.base import QuantizedWeight, exact_scale
 from llmopt.formats.dequantized import to_torch
@@ -485,6 +486,30 @@ def test_inputs_scaled_differently_are_refused(plain: Make, quantized: Make, tmp
         check(open_model(model), Settings())
 
 
+def test_groups_of_scattered_columns_are_refused(plain: Make, quantized: Make, tmp_path: Path) -> None:
+    model = tmp_path / "scattered"
+    shutil.copytree(quantized(plain("llama"), AWQ, "gptq"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.g_idx"] = (torch.arange(256) % 4).int()
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(LlmoptError, match=r"up_proj` has groups of scattered columns") as caught:
+        check(open_model(model), Settings())
+    assert "`llmopt quantize --act-order`" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("scheme", [FP8, DYNAMIC], ids=str)
+def test_scales_of_inputs_that_an_algorithm_has_no_room_for_are_refused(
+    plain: Make, quantized: Make, tmp_path: Path, scheme: Scheme
+) -> None:
+    """FP8 has none; per token, only inputs that no norm makes have one."""
+    config = EngineConfig.of(open_model(quantized(plain("llama"), scheme)), Settings())
+    source = open_model(smoothed(quantized(plain("llama"), AWQ, "modelopt"), tmp_path / "smooth"))
+    with pytest.raises(LlmoptError, match=f"`pre_quant_scale`, which `{config.algorithm}` does not"):
+        check_grids(source, config, 0, QKV, ("self_attn.q_proj",))
+    if scheme is DYNAMIC:
+        check_grids(source, config, 0, PROJ, ("mlp.down_proj",))
+
+
 @pytest.mark.parametrize("kv_cache", ["fp8", "int8"])
 def test_the_scales_of_the_kv_cache_are_on_every_rank(
     plain: Make, quantized: Make, tmp_path: Path, kv_cache: KVCache
@@ -561,7 +586,7 @@ def test_values_that_float16_does_not_hold_are_an_error(plain: Make, tmp_path: P
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(LlmoptError, match=r"up_proj\.weight` has values that float16 does not hold") as caught:
         written(model, tmp_path / "out", dtype="float16")
-    assert caught.value.hint == "set `compile.dtype=bfloat16`"
+    assert caught.value.hint == "set `compile.dtype: bfloat16`"
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -704,12 +729,35 @@ def test_what_a_class_was_never_documented_to_have_is_refused(plain: Make, quant
         check(open_model(quantized(plain("qwen3"), DYNAMIC)), Settings())
 
 
-def test_scales_that_are_no_positive_numbers_are_an_error(plain: Make, quantized: Make, tmp_path: Path) -> None:
-    for name, value in (("mlp.up_proj.weight_scale", 0.0), ("self_attn.k_proj.k_scale", float("nan"))):
-        model = tmp_path / name
-        shutil.copytree(quantized(plain("llama"), AWQ, "modelopt", kv_cache="fp8"), model)
-        tensors = load_file(model / "model.safetensors")
-        tensors[f"model.layers.1.{name}"].fill_(value)
-        save_file(tensors, model / "model.safetensors")
-        with pytest.raises(LlmoptError, match="positive numbers"):
-            written(model, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("scheme", "name", "value", "message"),
+    [
+        (AWQ, "mlp.up_proj.weight_scale", 0.0, "positive numbers"),
+        (AWQ, "self_attn.k_proj.k_scale", float("nan"), "positive numbers"),
+        (FP8, "mlp.up_proj.input_scale", -1.0, "positive numbers"),
+        (FP8, "mlp.up_proj.weight", float("nan"), "FP8 weights that are no numbers"),
+        (FP8, "input_layernorm.weight", float("inf"), "values that are no numbers"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_and_values_that_are_no_numbers_are_an_error(
+    plain: Make, quantized: Make, tmp_path: Path, scheme: Scheme, name: str, value: float, message: str, dtype: str
+) -> None:
+    model = tmp_path / "wrong"
+    shutil.copytree(quantized(plain("llama"), scheme, "modelopt", kv_cache="fp8"), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.1.{name}"].fill_(value)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(LlmoptError, match=message):
+        written(model, tmp_path / "out", dtype=dtype)
+
+
+def test_linears_of_one_module_may_be_stored_in_several_dtypes(plain: Make, tmp_path: Path) -> None:
+    model = tmp_path / "mixed"
+    shutil.copytree(plain("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float()
+    save_file(tensors, model / "model.safetensors")
+    written(model, tmp_path / "out", tensor_parallel=2)
+    assert torch.equal(reassembled(*ranks_of(tmp_path / "out"))[name], source_weights(plain("llama"))[name])

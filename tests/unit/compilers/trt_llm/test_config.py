@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -155,3 +157,8 @@ def test_versions_are_compared_by_their_numbers() -> None:
     assert release("0.21.0") < (0, 22) < release("1.0.0") < release("1.10")
     with pytest.raises(SettingsError):
         release("latest")
+
+
+def test_bad_input_is_found_without_torch() -> None:
+    code = "import sys, llmopt.compilers.trt_llm.checkpoint; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
