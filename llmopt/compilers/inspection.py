@@ -18,7 +18,7 @@ import numpy as np
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import CorruptError, LlmoptError
 from llmopt.formats.base import Part
-from llmopt.models.checkpoint import FLOATS, STORAGE, TensorInfo, bfloat16_to_float32, read_header
+from llmopt.models.checkpoint import STORAGE, TensorInfo, read_header
 
 #: Digests of every tensor and of the small files beside, written when a checkpoint is prepared. They tell what no rule
 #: can: two tensors of one shape that changed places, between ranks or modules, and a number of config.json.
@@ -37,6 +37,15 @@ SCALES = frozenset(
         "weight_scale", "weight_scale_inv", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "scales",
     }
 )  # fmt: skip
+
+
+#: Of each float: an unsigned integer of its size, and the bits of its exponent, all set where it is no number.
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], Any]] = {
+    "F64": (np.uint64, np.uint64(0x7FF << 52)),
+    "F32": (np.uint32, np.uint32(0xFF << 23)),
+    "F16": (np.uint16, np.uint16(0x1F << 10)),
+    "BF16": (np.uint16, np.uint16(0xFF << 7)),
+}
 
 
 @dataclass(slots=True)
@@ -177,6 +186,32 @@ def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
         if count:
             faults.add(where, f"`{name}` has {count} of {int(np.prod(info.shape))} values that are {what}")
     return Seen(digest.hexdigest(), constant)
+
+
+def look_at_all(
+    tensors: Mapping[str, Mapping[str, TensorInfo]], unfit: Mapping[str, set[str]], faults: Faults
+) -> dict[str, dict[str, Seen]]:
+    """All tensors but the unfit, of which one fault is enough; all by file."""
+    return {
+        file: {name: look(file, name, info, faults) for name, info in found.items() if name not in unfit.get(file, ())}
+        for file, found in tensors.items()
+    }
+
+
+def _wrong(bits: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
+    """Counts of values that cannot be meant, from their bits."""
+    if dtype == "F8_E4M3":
+        return {"NaN": int(np.count_nonzero((bits & np.uint8(0x7F)) == np.uint8(0x7F)))}
+    if dtype not in _EXPONENTS:
+        return {}
+    unsigned, exponent = _EXPONENTS[dtype]
+    bits = bits.view(unsigned)
+    unusable = (bits & exponent) == exponent  # infinite or NaN
+    counts = {"not finite": int(np.count_nonzero(unusable))}
+    if positive:
+        sign = unsigned(1) << unsigned(bits.itemsize * 8 - 1)
+        counts["zero or less"] = int(np.count_nonzero(~unusable & ((bits >= sign) | (bits == 0))))
+    return counts
 
 
 def look_at_all(

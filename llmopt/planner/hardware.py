@@ -68,7 +68,11 @@ def find(name: str) -> Hardware:
             if row.device:
                 raise SettingsError(f"`{name}` is {count} instances", hint=f"plan one: `{row.name}`")
             return replace(row, name=f"{count}x{row.name}", devices=count, device=row.name)
-    raise SettingsError(f"unknown hardware `{name}`", hint=nearest(name, table()))
+    hint = nearest(name, table())
+    if not hint.startswith("did"):
+        hint = "devices: " + ", ".join(f"`{known}`" for known, row in table().items() if not row.device)
+        hint += "; `llmopt plan 8B` lists the instances"
+    raise SettingsError(f"unknown hardware `{name}`", hint=hint)
 
 
 @cache

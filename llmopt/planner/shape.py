@@ -151,6 +151,8 @@ def read(reference: str) -> ModelShape:
         raise LlmoptError(f"`{file}` is not JSON: {error}", hint="download it again") from None
     if not isinstance(config, dict):
         raise LlmoptError(f"`{file}` is not a JSON object", hint="give the config.json of a model")
+    if (beside := folder / "hf_quant_config.json").is_file():
+        config.setdefault("quantization_config", {"quant_method": "modelopt", **json.loads(beside.read_text())})
     has_tensors = path.is_dir() and any(path.glob("*.safetensors"))
     checkpoint = Checkpoint.open(folder) if has_tensors else None
     if checkpoint is not None:

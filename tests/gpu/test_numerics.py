@@ -56,16 +56,19 @@ MakeKnown: TypeAlias = Callable[..., Known]
 
 @pytest.fixture(scope="session")
 def known(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> MakeKnown:
-    """known(scheme, format, kv_cache="none") -> a Llama of two blocks whose linears have random codes."""
+    """known(scheme, format, kv_cache="none", smooth=False) -> a Llama of two blocks whose linears have random codes.
+
+    smooth: the input of each is multiplied by one or two, as another tool's AWQ or SmoothQuant would have it.
+    """
     plain = make_checkpoint("llama")
 
-    def make(scheme: Scheme | None, encoding: str, kv_cache: KVCache = "none") -> Known:
-        return _known(plain, tmp_path_factory.mktemp("known"), scheme, encoding, kv_cache)
+    def make(scheme: Scheme | None, encoding: str, kv_cache: KVCache = "none", *, smooth: bool = False) -> Known:
+        return _known(plain, tmp_path_factory.mktemp("known"), scheme, encoding, kv_cache, smooth)
 
     return make
 
 
-def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cache: KVCache) -> Known:
+def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cache: KVCache, smooth: bool) -> Known:
     shutil.copytree(plain, out, dirs_exist_ok=True)
     tensors = read(plain / "model.safetensors")
     weights = {name.removesuffix(".weight"): value.double().numpy() for name, value in tensors.items()}
@@ -82,6 +85,10 @@ def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cach
         weights[prefix] = weight
         stored = form.encode(codes, scheme, "BF16", INPUT_SCALE if scheme.activations == "static" else None)
         tensors |= {f"{prefix}.{suffix}": to_torch(part) for suffix, part in stored.items()}
+        if smooth:
+            smooth_I = torch.arange(weight.shape[1]) % 64 % 3 % 2 + 1  # one where `inputs` has its largest
+            tensors[f"{prefix}.pre_quant_scale"] = smooth_I.to(torch.bfloat16)
+            weights[prefix] = weight * smooth_I.numpy()
     if kv_cache != "none":
         for index in range(2):
             scales = form.encode_kv(*KV_SCALES).items()
@@ -89,7 +96,8 @@ def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cach
     save_file(tensors, out / "model.safetensors")
     schemes = {**dict.fromkeys(prefixes, scheme), "lm_head": None}
     config["quantization_config"] = form.config(schemes, kv_cache=kv_cache)
-    (out / "config.json").write_text(json.dumps(config))
+    for name, text in {"config.json": config, **form.extra_files(schemes, kv_cache)}.items():
+        (out / name).write_text(json.dumps(text))
     return Known(out, weights)
 
 
@@ -331,11 +339,25 @@ def test_each_rank_of_an_engine_multiplies_as_its_part_of_the_weights(
     tensor_parallel: int,
     pipeline_parallel: int,
 ) -> None:
+    source = known(ENGINE[algorithm][0], "compressed-tensors")
+    check_ranks(source, device, tmp_path, algorithm, tensor_parallel, pipeline_parallel)
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"])
+def test_inputs_that_are_scaled_first_are_scaled_on_each_rank(
+    known: MakeKnown, device: str, tmp_path: Path, algorithm: str
+) -> None:
+    source = known(ENGINE[algorithm][0], "modelopt", smooth=True)
+    check_ranks(source, device, tmp_path, algorithm, 2, 1)
+
+
+def check_ranks(
+    source: Known, device: str, out: Path, algorithm: str | None, tensor_parallel: int, pipeline_parallel: int
+) -> None:
     scheme, product, allowed = ENGINE[algorithm]
     skip_without_kernels(device, scheme)
-    source = known(scheme, "compressed-tensors")
-    ranks = engine_checkpoint(source, tmp_path, tensor_parallel, pipeline_parallel)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization"]["quant_algo"] == algorithm
+    ranks = engine_checkpoint(source, out, tensor_parallel, pipeline_parallel)
+    assert json.loads((out / "config.json").read_text())["quantization"]["quant_algo"] == algorithm
     each, found = 2 // pipeline_parallel, {}
     for rank, tensors in enumerate(ranks):
         stage, part = divmod(rank, tensor_parallel)
@@ -375,6 +397,55 @@ def test_a_kv_cache_gives_back_what_was_put_into_it(
         values = torch.arange(-15.0, 16.0, device=device) * scale
         dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
         assert torch.equal((values / scale).to(dtype).float() * scale, values)
+
+
+#: How a family stores q, k and v: the name of their linear, and from its rows, seen as heads, to those of each.
+FUSED: Mapping[str, tuple[str, Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray, np.ndarray]]]] = {
+    # Each head's q, k and v follow each other (GPTNeoXAttention).
+    "gpt_neox": (
+        "gpt_neox.layers.0.attention.query_key_value",
+        lambda heads, _: (heads[0::3], heads[1::3], heads[2::3]),
+    ),
+    # All heads of q, then the one of k and the one of v (FalconAttention with `multi_query`).
+    "falcon": (
+        "transformer.h.0.self_attention.query_key_value",
+        lambda heads, _: (heads[:-2], heads[-2:-1], heads[-1:]),
+    ),
+    # Each KV head after the heads of q that share it (FalconAttention with `new_decoder_architecture`).
+    "falcon-new": (
+        "transformer.h.0.self_attention.query_key_value",
+        lambda heads, kv: tuple(
+            part.reshape(-1, *heads.shape[1:])
+            for part in np.split(heads.reshape(kv, -1, *heads.shape[1:]), [-2, -1], axis=1)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("family", FUSED)
+def test_heads_that_a_family_stores_together_go_to_their_ranks(
+    make_checkpoint: Callable[..., Path], device: str, tmp_path: Path, family: str, tensor_parallel: int
+) -> None:
+    own_config: Mapping[str, Any] = {
+        "gpt_neox": {"intermediate_size": 512},  # TensorRT-LLM has no other than four times the hidden size
+        "falcon-new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    }
+    path = make_checkpoint(family.partition("-")[0], **own_config.get(family, {}))
+    prefix, split = FUSED[family]
+    weight_OI = read(path / "model.safetensors")[f"{prefix}.weight"].double().numpy()
+    q, k, v = split(weight_OI.reshape(-1, 32, weight_OI.shape[1]), 2)
+    ranks = engine_checkpoint(Known(path, {}), tmp_path, tensor_parallel, 1)
+    found = {}
+    for rank, tensors in enumerate(ranks):
+        # Where there are fewer KV heads than ranks, every rank has all of them.
+        own = [
+            np.split(heads, tensor_parallel)[rank] if len(heads) >= tensor_parallel else heads for heads in (q, k, v)
+        ]
+        x_TI, y_TO = engine_plain(part_of(tensors, "transformer.layers.0.attention.qkv", device), device)
+        found[str(rank)] = error(y_TO, x_TI, np.concatenate(own).reshape(-1, weight_OI.shape[1]))
+    tell(f"engine {family} qkv TP {tensor_parallel}", device, found)
+    assert max(found.values()) < 1.6e-2
 
 
 def tell(layout: str, device: str, errors: Mapping[str, float]) -> None:

@@ -25,12 +25,12 @@ from typing import Any
 from llmopt.artifacts.outcome import Json, Progress
 from llmopt.compilers.trt_llm.builder import MODULES, Builder, Container, versions
 from llmopt.compilers.trt_llm.child import Child, how, last_lines, out_of_memory, running
+from llmopt.compilers.trt_llm.commands import PLACEHOLDERS
 from llmopt.compilers.trt_llm.gpu import Gpu, Probe, probe
 from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, SettingsError
 
 TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
-_PLACEHOLDERS = ("{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")
 _PREPARED, _OUT = "/llmopt/prepared", "/llmopt/out"  # in a container
 _PROMPT, _TOKENS = "The capital of France is", 8
 _HEALTH_INTERVAL_S, _REQUEST_TIMEOUT_S = 1.0, 120.0
@@ -135,7 +135,7 @@ def run(
     found = versions(builder)
     _refuse_version(artifact, builder, found)
     began_s = time.monotonic()
-    with _log(out, progress) as log, _work(artifact, out, builder) as work:
+    with _log(out, progress) as log, _work(out) as work:
         place = _Place(artifact, out, builder, work, visible)
         deadline_s = began_s + timeout_s
         observed: dict[str, Json] = {}
@@ -247,6 +247,7 @@ class _Place:
         prepared = _PREPARED if inside else str(self.artifact.path)
         out = _OUT if inside else str(self.out)
         values = {
+            "{prepared}": prepared,
             "{checkpoint}": f"{prepared}/checkpoint",
             "{engine}": f"{out}/engine",
             "{timing_cache}": f"{out}/timing.cache",
@@ -287,10 +288,10 @@ def _build(
 
 
 def _failure(name: str, log: Path, code: int) -> LlmoptError:
-    kind = out_of_memory(log, code)
-    if kind is None:
+    words = out_of_memory(log, code)
+    if words is None:
         return LlmoptError(f"`{name}` failed ({how(code)})", hint=last_lines(log))
-    return LlmoptError(f"`{name}` ran out of {kind} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
+    return LlmoptError(f"`{name}` {words} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
 
 
 def _observe(place: _Place, log: Path, progress: Progress, deadline_s: float, timeout_s: float) -> dict[str, Json]:
@@ -367,14 +368,11 @@ def _log(out: Path, progress: Progress) -> Iterator[Path]:
 
 
 @contextmanager
-def _work(artifact: Prepared, out: Path, builder: Builder) -> Iterator[Path]:
-    """The folder that commands run in. It shows what is in the artifact; what they write there goes with it."""
+def _work(out: Path) -> Iterator[Path]:
+    """The folder that commands run in: what they write beside their results goes with it."""
     folder = out / ".work"
     folder.mkdir()
-    seen_as = Path(_PREPARED) if builder.kind == "docker" else artifact.path
     try:
-        for entry in artifact.path.iterdir():
-            (folder / entry.name).symlink_to(seen_as / entry.name)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -407,5 +405,5 @@ def _argv(words: object) -> tuple[str, ...]:
     _one_of(words[0], tuple(MODULES))
     for word in words:
         for found in _PLACEHOLDER.findall(word):
-            _one_of(found, _PLACEHOLDERS)
+            _one_of(found, PLACEHOLDERS)
     return tuple(words)

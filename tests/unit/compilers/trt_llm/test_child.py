@@ -138,30 +138,30 @@ def is_gone(pid: int) -> bool:
     return False
 
 
+GPU, HOST = "ran out of GPU memory", "ran out of memory"
+KILLED = "was killed, as by a system that ran out of memory"
+
+
 @pytest.mark.parametrize(
-    ("text", "code", "kind"),
+    ("text", "code", "words"),
     [
-        ("[TRT] [E] 2: [globWriter.cpp::makeResizableGpuMemory::423] Error Code 2: OutOfMemory", 1, "GPU memory"),
-        ("[TRT] [W] Requested amount of GPU memory (24793579520 bytes) could not be allocated.", 1, "GPU memory"),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", 1, "GPU memory"),
-        (
-            "due to insufficient memory on requested size\n[E] Could not find any implementation for node",
-            1,
-            "GPU memory",
-        ),
+        ("[TRT] [E] 2: [globWriter.cpp::makeResizableGpuMemory::423] Error Code 2: OutOfMemory", 1, GPU),
+        ("[TRT] [W] Requested amount of GPU memory (24793579520 bytes) could not be allocated.", 1, GPU),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", 1, GPU),
+        ("due to insufficient memory on requested size\n[E] Could not find any implementation for node", 1, GPU),
         ("Skipping tactic 0 due to insufficient memory\nAssertionError: shape mismatch", 1, None),
-        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate", 1, "memory"),
-        ("Traceback\nMemoryError", 1, "memory"),
-        ("concurrent.futures.process.BrokenProcessPool: A process was terminated abruptly", 1, "memory"),
-        ("", 137, "memory"),
+        ("RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate", 1, HOST),
+        ("Traceback\nMemoryError", 1, HOST),
+        ("concurrent.futures.process.BrokenProcessPool: A process was terminated abruptly", 1, KILLED),
+        ("", 137, KILLED),
         ("", 143, None),
         ("error: unrecognized arguments: --memory", 2, None),
     ],
 )
-def test_which_memory_ran_out_is_read_from_the_log(tmp_path: Path, text: str, code: int, kind: str | None) -> None:
+def test_which_memory_ran_out_is_read_from_the_log(tmp_path: Path, text: str, code: int, words: str | None) -> None:
     log = tmp_path / "log"
     log.write_text(text)
-    assert out_of_memory(log, code) == kind
+    assert out_of_memory(log, code) == words
 
 
 def test_the_last_lines_are_few_and_their_log_is_named(tmp_path: Path) -> None:

@@ -154,10 +154,9 @@ class Machine:
         file.chmod(0o755)
 
     def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        lines = "\n".join(self.capabilities)
-        self.write(
-            self.bin / "nvidia-smi", f'#!/bin/sh\nprintf "%s\\n" "{lines}"\n' if lines else "#!/bin/sh\nexit 9\n"
-        )
+        cases = "".join(f"--id={n}) echo {each};; " for n, each in enumerate(self.capabilities))
+        everything = "echo '" + "\n".join(self.capabilities) + "'" if self.capabilities else "exit 9"
+        self.write(self.bin / "nvidia-smi", f"#!/bin/sh\ncase $1 in {cases} *) {everything};; esac\n")
         executable = self.bin / "python3"
         says = f'case "$2" in *executable*) echo {executable};; *) echo {self.version};; esac'
         self.write(executable, f"#!/bin/sh\n{says}\n")
@@ -229,6 +228,18 @@ def test_build_sh_refuses_another_version(machine: Machine) -> None:
     assert done.returncode == 1
     assert "TensorRT-LLM is 1.3.0rc27, and this was prepared for 1.2.1" in done.stderr
     assert not machine.told.exists()
+
+
+def test_build_sh_takes_a_build_of_the_same_version(machine: Machine) -> None:
+    machine.version = "1.2.1+cu130"
+    assert machine.run("build.sh").returncode == 0
+
+
+def test_build_sh_looks_at_the_gpus_that_cuda_is_told_to_see(machine: Machine) -> None:
+    machine.capabilities = ["8.0", "9.0"]
+    assert "a GPU here is sm_80" in machine.run("build.sh").stderr
+    machine.environment["CUDA_VISIBLE_DEVICES"] = "1"
+    assert machine.run("build.sh").returncode == 0
 
 
 def test_build_sh_without_a_gpu_says_so_with_the_exit_code_of_a_missing_device(machine: Machine) -> None:

@@ -11,8 +11,15 @@ from llmopt.compilers.trt_llm import versions
 from llmopt.compilers.trt_llm.versions import Option
 from llmopt.errors import SettingsError
 
-#: Every argument of trtllm-build: commands/build.py at 65f1d153, and `cli_plugin_args` of plugin.py at c20322ff.
-TRTLLM_BUILD = Path(__file__).parents[3] / "golden" / "trtllm-build-options.txt"
+GOLDEN = Path(__file__).parents[3] / "golden"
+#: All that a program can be told, and in which sections of the table it is. trtllm-build: commands/build.py at 65f1d153
+#: and `cli_plugin_args` of plugin.py at c20322ff. trtllm-serve: api_stability/references/trtllm_serve_cli.yaml at
+#: 029e223d, with the aliases that our users know. LlmArgs: api_stability/references(_committed)/llm.yaml at ea35fd67.
+PROGRAMS = [
+    ("trtllm-build.txt", ("build",)),
+    ("trtllm-serve.txt", ("serve", "yaml")),
+    ("trtllm-args.txt", ("serve", "yaml")),
+]
 
 
 def every_option() -> Iterator[Option]:
@@ -43,8 +50,10 @@ def test_since_and_before_are_versions_of_the_table() -> None:
         assert {row.since, row.before} - {None} <= set(versions.known()), row.name
 
 
-def test_every_flag_of_trtllm_build_has_a_row() -> None:
-    assert set(TRTLLM_BUILD.read_text(encoding="utf-8").split()) <= set(versions.table().options["build"])
+@pytest.mark.parametrize(("file", "sections"), PROGRAMS)
+def test_everything_that_a_program_can_be_told_has_a_row(file: str, sections: tuple[versions.Section, ...]) -> None:
+    names = (GOLDEN / file).read_text(encoding="utf-8").split()
+    assert [name for name in names if not any(versions.option(section, name) for section in sections)] == []
 
 
 def test_no_name_is_both_a_flag_of_trtllm_serve_and_a_field_of_its_yaml() -> None:
@@ -66,7 +75,9 @@ def test_candidates_are_ordered_by_number_and_come_before_their_release() -> Non
         ("1.2.1", ("bundle", "engine")),
         ("1.3.0rc20", ("bundle", "engine")),
         ("1.3.0rc21", ("bundle",)),
-        ("1.3.0rc27", ("bundle",)),
+        ("1.3.0rc29", ("bundle",)),
+        ("1.4.0rc1", ("bundle",)),
+        ("1.3.0rc12.post1", ("bundle", "engine")),
     ],
 )
 def test_the_modes_of_a_version_begin_with_its_default(name: str, modes: tuple[str, ...]) -> None:
@@ -78,9 +89,9 @@ def test_the_modes_of_a_version_begin_with_its_default(name: str, modes: tuple[s
     [
         ("1.2.7", "`1.2.1`"),
         ("0.9.0", "`0.21.0`"),
-        ("1.3.0rc99", "`1.3.0rc27`"),
+        ("1.3.0rc99", "`1.3.0rc29`"),
         ("1.0.3", "`1.0.0`"),
-        ("2.0.0", "`1.3.0rc27`"),
+        ("2.0.0", "`1.4.0rc1`"),
     ],
 )
 def test_an_unknown_version_names_the_nearest_known_one(name: str, nearest: str) -> None:
@@ -103,3 +114,11 @@ def test_the_known_versions_fit_on_a_line() -> None:
 
 def test_a_container_is_named_by_its_version() -> None:
     assert versions.find("1.2.1").image == "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
+
+
+def test_a_mended_release_is_known_by_its_own_name() -> None:
+    assert versions.find("1.3.0rc12.post1").name == "1.3.0rc12.post1"
+    assert not versions.is_past_the_builder("1.3.0rc20.post1")
+    assert versions.is_past_the_builder("1.3.0rc22.post1")
+    with pytest.raises(SettingsError, match=r"`1.0.7.post1` is not in the table"):
+        versions.find("1.0.7.post1")
