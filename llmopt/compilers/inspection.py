@@ -166,6 +166,7 @@ def compare(where: str, found: Mapping[str, TensorInfo], expected: Mapping[str, 
 def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
     """Read a tensor once, a piece at a time: values that are no numbers, and scales of zero or less, are faults."""
     digest, positive = sha256(), name.rpartition(".")[2] in SCALES
+    width = np.dtype(STORAGE[info.dtype]).itemsize
     wrong: Counter[str] = Counter()
     first, constant = b"", True
     with info.file.open("rb", buffering=0) as stream:
@@ -173,12 +174,11 @@ def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
         left = info.size
         while left:
             data = stream.read(min(left, _CHUNK))
-            if not data:
+            if not data or len(data) % width:
                 faults.add(where, f"`{name}` ends before its last byte")
                 break
             left -= len(data)
             digest.update(data)
-            width = np.dtype(STORAGE[info.dtype]).itemsize
             first = first or data[:width]
             constant = constant and data == first * (len(data) // width)
             wrong.update(_wrong(np.frombuffer(data, STORAGE[info.dtype]), info.dtype, positive=positive))
@@ -212,28 +212,6 @@ def _wrong(bits: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
         sign = unsigned(1) << unsigned(bits.itemsize * 8 - 1)
         counts["zero or less"] = int(np.count_nonzero(~unusable & ((bits >= sign) | (bits == 0))))
     return counts
-
-
-def look_at_all(
-    tensors: Mapping[str, Mapping[str, TensorInfo]], unfit: Mapping[str, set[str]], faults: Faults
-) -> dict[str, dict[str, Seen]]:
-    """All tensors but the unfit, of which one fault is enough; all by file."""
-    return {
-        file: {name: look(file, name, info, faults) for name, info in found.items() if name not in unfit.get(file, ())}
-        for file, found in tensors.items()
-    }
-
-
-def _wrong(stored: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
-    """Counts of values that cannot be meant."""
-    if dtype == "F8_E4M3":
-        return {"NaN": int(((stored & 0x7F) == 0x7F).sum())}
-    if dtype not in FLOATS:
-        return {}
-    values = bfloat16_to_float32(stored) if dtype == "BF16" else stored
-    finite = np.isfinite(values)
-    counts = {"not finite": int(values.size - finite.sum())}
-    return counts | ({"zero or less": int((values[finite] <= 0).sum())} if positive else {})
 
 
 def write_checksums(folder: Path, seen: Mapping[str, Mapping[str, Seen]]) -> int:
