@@ -46,10 +46,7 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
 def _next(result: StageResult) -> str:
     """On a machine that shares the store, or anywhere from a copy."""
     there = f"copy it there (`--out DIR`, or {result.path})"
-    if result.metrics["runtime"] == _VLLM or result.metrics["mode"] == "bundle":
-        start = f"{there} and `bash serve.sh`"
-    else:
-        start = f"{there} and `bash build.sh`"
     if result.metrics["runtime"] == _VLLM:
-        return start
+        return f"{there} and `bash deploy/vllm/serve.sh`"
+    start = f"{there} and `bash {'serve' if result.metrics['mode'] == 'bundle' else 'build'}.sh`"
     return f"`llmopt compile --resume {result.artifact[:19]} --builder PYTHON` where the GPU is; or {start}"
