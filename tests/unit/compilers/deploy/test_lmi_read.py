@@ -252,7 +252,10 @@ def test_a_target_that_the_file_leaves_open_is_told(read: ReadText) -> None:
         ("option.rolling_batch=trtllm\noption.enable_kv_cache_reuse=1\n", "must be true or false, not `1`"),
         ("option.rolling_batch=trtllm\noption.kv_cache_free_gpu_mem_fraction=nan\n", "must be a number, not `nan`"),
         ("option.dtype=int3\n", "`option.dtype` cannot be `int3` here"),
-        ("option.rolling_batch=trtllm\noption.quantize=awq\noption.q_format=int2\n", "`option.q_format` cannot be `int2`"),
+        (
+            "option.rolling_batch=trtllm\noption.quantize=awq\noption.q_format=int2\n",
+            "`option.q_format` cannot be `int2`",
+        ),
         ("option.model_id={{s3url}}\n", "is a place holder: `{{s3url}}`"),
         ("option.model_id=<your model id>\n", "is a place holder"),
         ("option.model_id=djl://ai.djl/x\n", "is of DJL's model zoo"),
