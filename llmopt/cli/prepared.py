@@ -11,34 +11,45 @@ from llmopt.artifacts.outcome import Json
 if TYPE_CHECKING:
     from llmopt.pipeline.runner import StageResult
 
+_VLLM = "vLLM"
+
 
 def about(result: StageResult) -> dict[str, Json]:
     """For `--json`, beside the result: what was probed, and the next command."""
     from llmopt.compilers.trt_llm import gpu
 
     probe = gpu.probe()
-    return {"probed": str(probe), "gpus": [each.to_json() for each in probe.gpus], "next": _next(result)}
+    return {"probed": {"found": str(probe), "gpus": [each.to_json() for each in probe.gpus]}, "next": _next(result)}
 
 
 def text(result: StageResult, more: Mapping[str, Json]) -> str:
-    said = result.metrics
+    said, probed = result.metrics, more["probed"]
+    checked = said["validated"]
+    assert isinstance(checked, dict)
+    assert isinstance(probed, dict)
+    runtime = f"{said['runtime']} {said['version']}"
     needs = f"{said['gpus']} GPU{'' if said['gpus'] == 1 else 's'}"
-    needs += f" of `{said['architecture']}`" if said.get("architecture") else ""
-    needs += f" ({said['gpu']})" if said.get("gpu") else ""
-    size = said["weight_bytes"]
+    needs += f" of {said['architecture']} ({said['gpu']})" if said.get("architecture") else ""
+    size = checked["bytes"]
     assert isinstance(size, int)
-    lines = [
-        f"prepared  {said['mode']} for {said['runtime']} {said['version']}, not compiled: {more['probed']}",
-        f"written   {said['tensors']} tensors, {byte_size(size)}, {said['quantization'] or 'not quantized'}",
-        f"checked   {said['validated']}",
-        f"needs     {needs} with {said['runtime']} {said['version']}",
-        f"next      {more['next']}",
-    ]
-    return "\n".join(lines)
+    lines = {
+        "prepared": f"{said['mode']} for {runtime}, not compiled: {probed['found']}",
+        "weights": f"{said['quant_algo'] or said['dtype']}, {checked['tensors']} tensors, {byte_size(size)}, "
+        + ("1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"),
+        "validated": "names, shapes, dtypes, completeness, ranks, scales, and every digest",
+        "needs": f"{needs}, {runtime}",
+        "next": str(more["next"]),
+    }
+    return "\n".join(f"{name:<9} {line}" for name, line in lines.items())
 
 
 def _next(result: StageResult) -> str:
-    if result.metrics["runtime"] == "vLLM":
-        return f"there: bash {result.path}/serve.sh"
-    short = result.artifact[:19]
-    return f"there: llmopt compile --resume {short} --builder PYTHON, or copy the folder (--out): bash build.sh"
+    """On a machine that shares the store, or anywhere from a copy."""
+    there = f"copy it there (`--out DIR`, or {result.path})"
+    if result.metrics["runtime"] == _VLLM or result.metrics["mode"] == "bundle":
+        start = f"{there} and `bash serve.sh`"
+    else:
+        start = f"{there} and `bash build.sh`"
+    if result.metrics["runtime"] == _VLLM:
+        return start
+    return f"`llmopt compile --resume {result.artifact[:19]} --builder PYTHON` where the GPU is; or {start}"

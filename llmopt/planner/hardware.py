@@ -19,9 +19,9 @@ class Hardware:
 
     memory_bytes, bandwidth_bytes_s, flops and link_bytes_s are of one device. capability: the CUDA compute capability,
     "9.0". flops: dense peaks by precision ("fp32", "fp16", "fp8", "int8"), empty where no speed is predicted.
-    link_bytes_s: to a neighbour, one way; None: the devices cannot share a model. compute_efficiency: the share of the
-    peak that matrix products reach, where the row knows better than its kind. price_usd_h: of all devices, None where
-    not known; sources say where the figures are from.
+    link_bytes_s: to a neighbour, one way; None: the devices cannot share a model. bandwidth_efficiency and
+    compute_efficiency: the shares that are reached, where the row knows better than its kind. price_usd_h: of all
+    devices, None where not known; sources say where the figures are from.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Hardware:
     device: str = ""  # of an instance: the name of its device
     flops: Mapping[str, float] = field(default_factory=dict)
     link_bytes_s: float | None = None
+    bandwidth_efficiency: float | None = None
     compute_efficiency: float | None = None
     price_usd_h: float | None = None
     source: str = ""
@@ -67,7 +68,11 @@ def find(name: str) -> Hardware:
             if row.device:
                 raise SettingsError(f"`{name}` is {count} instances", hint=f"plan one: `{row.name}`")
             return replace(row, name=f"{count}x{row.name}", devices=count, device=row.name)
-    raise SettingsError(f"unknown hardware `{name}`", hint=nearest(name, table()))
+    hint = nearest(name, table())
+    if not hint.startswith("did"):
+        hint = "devices: " + ", ".join(f"`{known}`" for known, row in table().items() if not row.device)
+        hint += "; `llmopt plan 8B` lists the instances"
+    raise SettingsError(f"unknown hardware `{name}`", hint=hint)
 
 
 @cache

@@ -7,6 +7,7 @@ before anything runs.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import shutil
 import socket
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +25,9 @@ from typing import Any
 from llmopt.artifacts.outcome import Json, Progress
 from llmopt.compilers.trt_llm.builder import MODULES, Builder, Container, versions
 from llmopt.compilers.trt_llm.child import Child, how, last_lines, out_of_memory, running
+from llmopt.compilers.trt_llm.commands import PLACEHOLDERS
 from llmopt.compilers.trt_llm.gpu import Gpu, Probe, probe
-from llmopt.errors import BackendMissingError, CorruptError, LlmoptError
+from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, SettingsError
 
 TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
@@ -128,6 +129,8 @@ def run(
     is not what the artifact needs, before anything runs.
     """
     artifact, out = Prepared.read(prepared), out.absolute()
+    if timing_cache is not None and not timing_cache.is_file():
+        raise SettingsError(f"there is no timing cache `{timing_cache}`", hint="an earlier build has a `timing.cache`")
     gpus, visible = refuse_mismatch(artifact, probe())
     found = versions(builder)
     _refuse_version(artifact, builder, found)
@@ -142,7 +145,8 @@ def run(
             (out / "engine").mkdir()
             for command in artifact.build:
                 _build(place, command, log, progress, deadline_s, timeout_s)
-            check_engines(out / "engine", artifact, str(found["tensorrt_llm"]))
+            if faults := engine_faults(out / "engine", artifact, str(found["tensorrt_llm"])):
+                raise LlmoptError(f"the build left no usable engine: {'; '.join(faults)}", hint=last_lines(log))
         else:
             observed = _observe(place, log, progress, deadline_s, timeout_s)
     return Built(
@@ -174,7 +178,7 @@ def refuse_mismatch(artifact: Prepared, found: Probe) -> tuple[tuple[Gpu, ...], 
 
 def _refuse_version(artifact: Prepared, builder: Builder, found: Mapping[str, str | None]) -> None:
     """Commands and checkpoint are those of one version; what a build of it appends (`+cu13`) does not matter."""
-    version = str(found["tensorrt_llm"]).partition("+")[0]
+    version = _release(found["tensorrt_llm"])
     if version != artifact.version:
         raise BackendMissingError(
             f"it was prepared for TensorRT-LLM `{artifact.version}`, and `{builder}` has `{version}`",
@@ -182,8 +186,13 @@ def _refuse_version(artifact: Prepared, builder: Builder, found: Mapping[str, st
         )
 
 
-def check_engines(folder: Path, artifact: Prepared, version: str) -> None:
-    """That an engine of every rank is there, and that config.json is of this build; LlmoptError otherwise."""
+def _release(version: object) -> str:
+    """Without what a build of it appends."""
+    return str(version).partition("+")[0]
+
+
+def engine_faults(folder: Path, artifact: Prepared, version: str) -> list[str]:
+    """What is wrong with the engines in `folder`: one of every rank must be there, and config.json be of this build."""
     wanted = {f"rank{rank}.engine" for rank in range(artifact.ranks)}
     there = {file.name for file in folder.glob("rank*.engine") if file.stat().st_size}
     faults = [f"`{name}` is missing or empty" for name in sorted(wanted - there)]
@@ -193,18 +202,16 @@ def check_engines(folder: Path, artifact: Prepared, version: str) -> None:
         model = config["pretrained_config"]
         mapping = model["mapping"]
         said = {
-            "version": (config["version"], version),
+            "version": (_release(config["version"]), _release(version)),
             "tp_size": (mapping["tp_size"], artifact.tensor_parallel),
             "pp_size": (mapping["pp_size"], artifact.pipeline_parallel),
             "quant_algo": ((model.get("quantization") or {}).get("quant_algo"), artifact.quant_algo),
         }
-        faults += [
-            f"`config.json` says `{name}` {is_}, not {want}" for name, (is_, want) in said.items() if is_ != want
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        faults.append(f"`config.json` cannot be used: {error!r}")
-    if faults:
-        raise LlmoptError(f"`trtllm-build` reported success, but left no usable engine: {'; '.join(faults)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [*faults, f"`config.json` cannot be used: {error!r}"]
+    return faults + [
+        f"`config.json` says `{name}` {is_}, not {want}" for name, (is_, want) in said.items() if is_ != want
+    ]
 
 
 class _Place:
@@ -281,16 +288,16 @@ def _build(
 
 
 def _failure(name: str, log: Path, code: int) -> LlmoptError:
-    kind = out_of_memory(log, code)
-    if kind is None:
+    words = out_of_memory(log, code)
+    if words is None:
         return LlmoptError(f"`{name}` failed ({how(code)})", hint=last_lines(log))
-    return LlmoptError(f"`{name}` ran out of {kind} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
+    return LlmoptError(f"`{name}` {words} ({how(code)})", hint=f"{_SMALLER}\n{last_lines(log)}")
 
 
 def _observe(place: _Place, log: Path, progress: Progress, deadline_s: float, timeout_s: float) -> dict[str, Json]:
     """Serve the bundle, ask once, stop: what was seen."""
     command, port, began_s = place.artifact.serve, _free_port(), time.monotonic()
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://localhost:{port}"
     progress(f"starting {command[0]}")
     with place.start(command, log, progress, port=port) as child:
         while not _is_healthy(url):
@@ -302,7 +309,7 @@ def _observe(place: _Place, log: Path, progress: Progress, deadline_s: float, ti
         progress("it is healthy; asking for one completion")
         try:
             answer = _complete(url)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             code = child.poll(_HEALTH_INTERVAL_S)
             if code is not None:
                 raise _failure(command[0], log, code) from None
@@ -321,7 +328,7 @@ def _is_healthy(url: str) -> bool:
     try:
         with _OPENER.open(f"{url}/health", timeout=5) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError, ValueError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -398,8 +405,5 @@ def _argv(words: object) -> tuple[str, ...]:
     _one_of(words[0], tuple(MODULES))
     for word in words:
         for found in _PLACEHOLDER.findall(word):
-            _one_of(found, _PLACEHOLDERS)
+            _one_of(found, PLACEHOLDERS)
     return tuple(words)
-
-
-_PLACEHOLDERS = ("{prepared}", "{checkpoint}", "{engine}", "{timing_cache}", "{model}", "{port}")

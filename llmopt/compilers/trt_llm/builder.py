@@ -58,7 +58,7 @@ class Builder:
 
     @classmethod
     def parse(cls, text: str) -> Builder:
-        """`python:PATH`, `docker:IMAGE` or a path. Raises SettingsError for what cannot be run."""
+        """`python:PATH`, `docker:IMAGE`, a path, or a program on the PATH. SettingsError for what cannot be run."""
         kind, colon, name = text.partition(":")
         if colon and kind == "docker":
             if not name:
@@ -67,7 +67,8 @@ class Builder:
                 raise BackendMissingError("`docker` is not installed", hint="name an interpreter: `python:PATH`")
             return cls(kind="docker", name=name)
         # Not resolved: the interpreter of a virtual environment is a link, and knows its place by its name.
-        path = Path(name if colon and kind == "python" else text).expanduser().absolute()
+        given = name if colon and kind == "python" else text
+        path = Path((shutil.which(given) if "/" not in given else None) or given).expanduser().absolute()
         if path.is_dir():
             inside = next((path / place for place in ("bin/python", "python") if (path / place).is_file()), None)
             hint = f"did you mean `{inside}`?" if inside else "name the interpreter in it"

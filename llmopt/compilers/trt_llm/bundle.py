@@ -61,6 +61,17 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
     return ()
 
 
+def algorithm(source: Source) -> str | None:
+    """TensorRT-LLM's `quant_algo` of a checkpoint that `check` has passed; None where it is plain."""
+    from llmopt.formats.reading import linears
+
+    if source.reader is None:
+        return None
+    schemes = [source.reader.scheme(prefix) for prefix in linears(source.config)]
+    names = {_algorithm(scheme) for scheme in schemes if scheme is not None}
+    return "MIXED_PRECISION" if len(names) > 1 else next(iter(names), None)
+
+
 def _open(model: Path, settings: Settings) -> Source:
     """The checkpoint checked for what does not hang on its quantization."""
     from llmopt.formats.reading import open_model

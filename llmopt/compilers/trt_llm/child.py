@@ -21,19 +21,23 @@ _POLL_S = 0.2
 _TAIL_BYTES = 65536
 _LAST_LINES = 20
 
-#: What TensorRT, CUDA and PyTorch write when the GPU's memory is not enough, and what is written when the machine's is
-#: not. Sources: logs in NVIDIA/TensorRT-LLM#346, NVIDIA/TensorRT#840, pytorch/TensorRT#2675, PyTorch's own messages.
+#: Which memory was not enough, by what is written then: of the GPU, by TensorRT, CUDA and PyTorch; of the machine. The
+#: last is how a worker that the system killed looks to its parent. Sources: logs in NVIDIA/TensorRT-LLM#346,
+#: NVIDIA/TensorRT#840 and pytorch/TensorRT#2675, PyTorch's own messages, Python's concurrent.futures.
 _OUT_OF_MEMORY: Mapping[str, re.Pattern[str]] = {
-    "GPU memory": re.compile(
+    "ran out of GPU memory": re.compile(
         r"Error Code 2: OutOfMemory|Requested amount of GPU memory|CUDA out of memory|cuda\.OutOfMemoryError"
         r"|torch\.OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|Error in allocate: 2"
         r"|insufficient memory.*could not find any implementation",
         re.IGNORECASE | re.DOTALL,
     ),
-    "memory": re.compile(r"^MemoryError|std::bad_alloc|Cannot allocate memory|DefaultCPUAllocator: .*memory", re.M),
+    "ran out of memory": re.compile(
+        r"^MemoryError|std::bad_alloc|Cannot allocate memory|DefaultCPUAllocator: .*memory", re.MULTILINE
+    ),
+    "was killed, as by a system that ran out of memory": re.compile(
+        r"BrokenProcessPool|terminated abruptly|^Killed$", re.MULTILINE
+    ),
 }
-#: A worker process that was killed is seen by its parent as this; nobody but the system's memory killer does that.
-_KILLED_WORKER = re.compile(r"BrokenProcessPool|terminated abruptly|^Killed$", re.MULTILINE)
 
 
 @contextmanager
@@ -127,13 +131,12 @@ def how(code: int) -> str:
 
 
 def out_of_memory(log: Path, code: int) -> str | None:
-    """Which memory a command that failed ran out of, "GPU memory" or "memory"; None where nothing says so."""
+    """That a command which failed wanted more memory than there was, and which; None where nothing says so."""
     text = _tail(log)
-    for kind, pattern in _OUT_OF_MEMORY.items():
+    for words, pattern in _OUT_OF_MEMORY.items():
         if pattern.search(text):
-            return kind
-    killed = code == 128 + signal.SIGKILL or _KILLED_WORKER.search(text)
-    return "memory" if killed else None
+            return words
+    return [*_OUT_OF_MEMORY][-1] if code == 128 + signal.SIGKILL else None
 
 
 def last_lines(log: Path) -> str:

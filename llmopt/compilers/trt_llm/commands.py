@@ -7,8 +7,8 @@ The folder of a prepared artifact: `checkpoint/` (engine mode) or `model/` (bund
   PLACEHOLDERS, `{prepared}` the artifact's folder. `build` is empty for a bundle.
 - `build_config.json`, from `build_config(settings)`: the same build by the names of `BuildConfig`; engine mode only.
 - `serve.yaml`, from `serve_yaml(settings)`: what `trtllm-serve` reads beside its flags.
-- `build.sh` (engine mode), `serve.sh`, `health.sh`, from `scripts(settings)`: the same commands for a person, to be
-  made executable; they find everything beside themselves, so that the folder can be moved.
+- `build.sh` (engine mode), `serve.sh`, `health.sh`, from `scripts(settings)`: the same commands for a person and bash;
+  they find everything beside themselves, so that the folder can be moved.
 
 `build_command(settings, checkpoint, out, timing_cache)` and `serve_command(settings, model, ...)` give the argv alone.
 """
@@ -96,12 +96,14 @@ def serve_command(
     settings: Settings, model: str = "{model}", *, port: str = "{port}", prepared: str = "{prepared}"
 ) -> list[str]:
     """`trtllm-serve` for a bundle, or for the engines in `model`; the YAML and an engine's tokenizer in `prepared`."""
-    engine = settings.resolved_mode == "engine"
+    version = versions.find(settings.version)
     argv = ["trtllm-serve", model, "--port", port]
-    if engine:
+    if settings.resolved_mode == "engine":
         argv += ["--tokenizer", prepared]
-        if versions.find(settings.version).at_least("1.0.0"):
+        if version.at_least("1.0.0"):
             argv += ["--backend", "trt"]  # the default until then; from 1.0 it is PyTorch
+    if version.at_least("1.3.0rc21"):  # until then the name is the folder's
+        argv += ["--served_model_name", settings.served_name]
     sizes = _sizes(settings)
     for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width"):
         argv += [f"--{name}", str(sizes[name])]
@@ -140,7 +142,7 @@ def commands(settings: Settings) -> dict[str, Json]:
 
 
 def files(settings: Settings) -> dict[str, str]:
-    """Every file of this module, by its name in the artifact; what begins with `#!` is to be executable."""
+    """Every file of this module, by its name in the artifact. The lengths are known: see `Settings.sized`."""
     texts = {"commands.json": _json(commands(settings)), "serve.yaml": serve_yaml(settings)}
     if settings.resolved_mode == "engine":
         texts["build_config.json"] = _json(build_config(settings))
@@ -224,7 +226,7 @@ def _serve_script(settings: Settings) -> str:
         {
             "command": _array(serve_command(settings), variables),
             "folder": "engine" if engine else "model",
-            "missing": "./build.sh makes it" if engine else "copy the whole artifact",
+            "missing": "\\`bash build.sh\\` makes it" if engine else "copy the whole artifact",
         },
     )
 

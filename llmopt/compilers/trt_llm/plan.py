@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Json
+from llmopt.compilers.deploy.base import Deployment
 from llmopt.compilers.trt_llm import bundle, checkpoint, rules
 from llmopt.compilers.trt_llm.config import EngineConfig
 from llmopt.compilers.trt_llm.layout import layout
@@ -135,6 +136,21 @@ def make(model: Path, settings: Settings) -> Plan:
     )
     _check_memory(plan)
     return plan
+
+
+def deployment(made: Plan) -> Deployment:
+    """What the emitters are told."""
+    return Deployment.of(
+        made.settings,
+        name=made.settings.served_name,
+        runtime="tensorrt-llm",
+        mode=made.settings.resolved_mode,
+        model="engine" if made.engine else "model",
+        dtype=made.dtype,
+        quantization=made.quant_algo,
+        architecture=made.settings.architecture,
+        kv_cache=made.kv_cache,
+    )
 
 
 def _sized(settings: Settings, source: Source) -> Settings:

@@ -187,6 +187,8 @@ def _check_scalar(row: Option, value: Json, where: str) -> None:
     }[str(row.kind)]
     if not fits:
         raise SettingsError(f"`{where}` must be {words}, not `{value}`", hint=f"source: {_source(row)}")
+    if isinstance(value, str) and "{" in value:  # of commands.json
+        raise SettingsError(f"`{where}` cannot hold a brace, which stands for a placeholder", hint="put it in a file")
     low, high = row.min, row.max
     if number and ((low is not None and value < low) or (high is not None and value > high)):  # type: ignore[operator]
         limits = [f"at least {low:g}"] if low is not None else []
@@ -305,9 +307,11 @@ def _engine_faults(settings: Settings) -> Iterator[Fault]:
         yield f"`opt_num_tokens: {opt}` is over `max_num_tokens: {settings.max_num_tokens}`", "lower it"
     yield from _built_drafting_faults(settings)
     yield from _needs_faults(settings)
+    if settings.serve.get("guided_decoding_backend") == "llguidance":  # llm_args.py
+        yield "`guided_decoding_backend: llguidance` is for bundles only", "use `xgrammar`"
     workers = build.get("workers", 1)
     if isinstance(workers, int) and workers > settings.gpus:
-        yield f"`workers: {workers}` is more than the {settings.gpus} engines to build", "one an engine is all there is"
+        yield f"`workers: {workers}` is more than there are engines to build: {settings.gpus}", "lower it"
 
 
 def _context_attention_faults(settings: Settings) -> Iterator[Fault]:
@@ -360,6 +364,9 @@ def _needs_faults(settings: Settings) -> Iterator[Fault]:
     for name in ("dora_plugin", "lora_dir", "lora_ckpt_source", "lora_target_modules", "max_lora_rank"):
         if build.get(name) not in (None, False, "disable") and not with_lora:
             yield f"`{name}` does nothing without `lora_plugin`", "add `lora_plugin: auto`"
+    for name in ("enable_lora", "lora_config"):
+        if settings.serve.get(name) and not with_lora:
+            yield f"`serve.{name}` needs engines with `lora_plugin`", "add `build: {lora_plugin: auto}`"
     if build.get("weight_streaming") and build.get("gemm_plugin", "disable") != "disable":
         yield "`weight_streaming` streams no weights that a plugin holds", "set `gemm_plugin: disable`"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmopt.models.config import DecoderConfig
     from llmopt.models.rope import Rope
 
-BUNDLE = "`--set compile.mode=bundle` serves it from a checkpoint without an engine"
+BUNDLE = "`compile.mode: bundle` serves models without an engine"
 QKV, DENSE, FC, GATE, PROJ = "attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj"
 
 
@@ -86,26 +86,30 @@ def find_schemes(source: Source) -> dict[str, Scheme | None]:
     LlmoptError where linears that make one module, or that the builder fuses, are not quantized alike.
     """
     found: dict[str, Scheme | None] = {}
-    if source.reader is None:
+    model, reader = source.config, source.reader
+    if reader is None:
         return found
-    for index in range(source.config.layers):
-        modules = block_linears(source.config)
-        for module, linears in modules.items():
-            prefixes = [f"{source.config.block(index)}.{linear}" for linear in linears]
-            schemes = [source.reader.scheme(prefix) for prefix in prefixes]
-            _check_alike(prefixes, schemes)
-            found[f"transformer.layers.{index}.{module}"] = schemes[0]
-        names = [f"transformer.layers.{index}.mlp.{name}" for name in ("fc", "gate")]
-        if names[1] in found:  # the builder makes one product of both where they are FP8 or plain
-            _check_alike(names, [found[name] for name in names])
+    for index in range(model.layers):
+        schemes = {
+            module: {
+                prefix: reader.scheme(prefix) for linear in linears for prefix in [f"{model.block(index)}.{linear}"]
+            }
+            for module, linears in block_linears(model).items()
+        }
+        # The builder makes one product of `fc` and `gate` where they are FP8 or plain.
+        for fused in (schemes[QKV], schemes[FC] | schemes.get(GATE, {})):
+            _check_alike(fused)
+        for module, own in schemes.items():
+            found[f"transformer.layers.{index}.{module}"] = next(iter(own.values()))
     return found
 
 
-def _check_alike(prefixes: list[str], schemes: list[Scheme | None]) -> None:
-    for prefix, scheme in zip(prefixes, schemes, strict=True):
-        if scheme != schemes[0]:
+def _check_alike(schemes: Mapping[str, Scheme | None]) -> None:
+    (first, scheme), *others = schemes.items()
+    for prefix, other in others:
+        if other != scheme:
             raise LlmoptError(
-                f"`{prefixes[0]}` and `{prefix}`, which TensorRT-LLM fuses, are not quantized alike",
+                f"`{first}` and `{prefix}`, which TensorRT-LLM fuses, are not quantized alike",
                 hint="quantize the original with the same scheme, or skip, for all linears that read one input",
             )
 

@@ -15,7 +15,6 @@ from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.models.companions import copy_companions
 
 if TYPE_CHECKING:
-    from llmopt.compilers.deploy.base import Deployment
     from llmopt.compilers.trt_llm.builder import Builder
     from llmopt.compilers.trt_llm.plan import Plan
 
@@ -35,7 +34,7 @@ class TensorRTLLM(Settings):
     def check(self, model: Path) -> None:
         from llmopt.compilers.trt_llm import plan
 
-        plan.make(model, self)
+        deploy.emit(self.emit, plan.deployment(plan.make(model, self)))
 
     def plan(self, model: Path, out: Path, progress: Progress) -> Outcome:
         from llmopt.compilers.trt_llm import plan
@@ -49,14 +48,14 @@ class TensorRTLLM(Settings):
 
     def prepare(self, model: Path, plan: Path, out: Path, progress: Progress) -> Outcome:
         from llmopt.compilers.trt_llm import commands, validate
-        from llmopt.compilers.trt_llm.plan import facts, make
+        from llmopt.compilers.trt_llm.plan import deployment, facts, make
 
         made = make(model, self)
         shutil.copyfile(plan / "plan.json", out / "plan.json")
         events = _write_weights(model, made, out, progress)
         for name, text in commands.files(made.settings).items():
             _write(out / name, text)
-        for name, text in deploy.emit(self.emit, _deployment(made)).items():
+        for name, text in deploy.emit(self.emit, deployment(made)).items():
             _write(out / name, text)
         _write_json(out / "engine.json", _describe(model, made))
         progress("validating what was written")
@@ -100,14 +99,19 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeo
 
 def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tuple[str, ...]:
     """`checkpoint/` with the tokenizer beside it, or `model/`; returns what changed numbers."""
+    from llmopt.compilers import inspection
     from llmopt.compilers.trt_llm import bundle, checkpoint
     from llmopt.formats.reading import open_model
 
+    folder = out / ("model" if made.engine is None else "checkpoint")
+    folder.mkdir()
     if made.engine is None:
-        (out / "model").mkdir()
-        return bundle.write(model, out / "model", made.settings, progress)
-    copy_companions(model, out)
-    return checkpoint.write(open_model(model), made.engine, out / "checkpoint", progress)
+        events = bundle.write(model, folder, made.settings, progress)
+    else:
+        copy_companions(model, out)
+        events = checkpoint.write(open_model(model), made.engine, folder, progress)
+    inspection.record(folder)
+    return events
 
 
 def _describe(model: Path, made: Plan) -> dict[str, Json]:
@@ -129,23 +133,6 @@ def _describe(model: Path, made: Plan) -> dict[str, Json]:
         "vocab_size": config.vocab_size,
         "max_context_tokens": settings.max_seq_len,
     }
-
-
-def _deployment(made: Plan) -> Deployment:
-    from llmopt.compilers.deploy.base import Deployment
-
-    settings = made.settings
-    return Deployment.of(
-        settings,
-        name=settings.served_name,
-        runtime="tensorrt-llm",
-        mode=settings.resolved_mode,
-        model="model" if made.engine is None else "engine",
-        dtype=made.dtype,
-        quantization=made.quant_algo,
-        kv_cache=made.kv_cache,
-        architecture=settings.architecture,
-    )
 
 
 def _link(source: Path, target: Path) -> None:

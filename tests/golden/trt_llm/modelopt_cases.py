@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from llmopt.artifacts.outcome import silent
 from llmopt.formats.base import QuantizedWeight
 from llmopt.formats.dequantized import to_torch
 from llmopt.formats.modelopt import ALGORITHMS
-from llmopt.formats.reading import get_format
+from llmopt.formats.reading import get_format, open_model
 from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import read_header
 
@@ -115,8 +116,8 @@ def config(case: Case) -> dict[str, Any]:
 def weights(case: Case) -> dict[str, np.ndarray]:
     """Every tensor of the plain checkpoint, float32 of values that BF16 and F16 both hold.
 
-    Linears have largest weights of their own, hence FP8 scales; but q, k and v of a block have the same, for ModelOpt
-    takes the largest of the three before it rounds, while we would have to round again.
+    Linears have largest weights of their own, hence FP8 scales; but those that share an input have the same, for
+    ModelOpt takes the largest of their scales before it rounds, while we would have to round again.
     """
     kv = case.kv_heads * _HIDDEN // _HEADS
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCABULARY, _HIDDEN)}
@@ -141,7 +142,8 @@ def weights(case: Case) -> dict[str, np.ndarray]:
     found = {name: _values(name, shape) for name, shape in shapes.items()}
     for prefix in linears():
         block, _, linear = prefix.rpartition(".")
-        found[f"{prefix}.weight"][0, 0] = (64 + _code(block if linear[0] in "qkv" else prefix) % 64) / 128
+        shared = prefix if linear in ("o_proj", "down_proj") else block
+        found[f"{prefix}.weight"][0, 0] = (64 + _code(shared) % 64) / 128
     return found
 
 
@@ -158,7 +160,7 @@ def _code(name: str) -> int:
 
 
 def input_amax(prefix: str) -> float:
-    """The largest input of a linear, which decides its static scale; that of q, k and v is the largest of theirs."""
+    """The largest input of a linear, which decides its static scale; of fused linears the largest of theirs counts."""
     return (64 + _code(prefix) % 64) / 32
 
 
@@ -235,3 +237,41 @@ def manifest(checkpoint: Path, *, digests: bool) -> dict[str, Any]:
             }
         )
     return {"config": json.loads((checkpoint / "config.json").read_text()), "ranks": ranks}
+
+
+def write_ours(case: Case, folder: Path) -> Path:
+    """Our TensorRT-LLM checkpoint of a case."""
+    from llmopt.compilers.trt_llm import checkpoint
+    from llmopt.compilers.trt_llm.settings import Settings
+
+    source, out = folder / "source", folder / "checkpoint"
+    source.mkdir()
+    write_source(case, source)
+    settings = Settings(mode="engine", tensor_parallel=case.tensor_parallel, pipeline_parallel=case.pipeline_parallel)
+    opened = open_model(source)
+    checkpoint.write(opened, checkpoint.check(opened, settings), out, silent)
+    return out
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What of two manifests differs beyond what is meant to (`MEANT`, `MORE`), in words; none is as it must be."""
+    found = []
+    for key, value in theirs["config"].items():
+        if ours["config"].get(key, "nothing") != value:
+            found.append(f"config: `{key}` is {ours['config'].get(key, 'nothing')}, theirs is {value}")
+    for key in ours["config"].keys() - theirs["config"].keys() - MORE_CONFIG:
+        found.append(f"config: `{key}` is {ours['config'][key]}, and they have none")
+    for rank, (one, other) in enumerate(zip(theirs["ranks"], ours["ranks"], strict=True)):
+        for name in one.keys() | other.keys():
+            their, our = one.get(name, "nothing"), other.get(name, "nothing")
+            if their == "nothing" and name.endswith(MORE_TENSORS):
+                continue
+            if not our.startswith(their):
+                found.append(f"rank {rank}: `{name}` is {our}, theirs is {their}")
+    return sorted(found)
+
+
+#: What only we write. TensorRT-LLM asks for `prequant_scaling_factor` wherever the algorithm can have it; ModelOpt
+#: leaves it out where it did not search for one. Ours are ones.
+MORE_TENSORS = (".prequant_scaling_factor",)
+MORE_CONFIG = {"rotary_base", "attn_bias", "mlp_bias", "qwen_type", "seq_length"}

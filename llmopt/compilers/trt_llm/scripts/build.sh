@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the engines for @what@.
-# Usage: [PYTHON=python3] ./build.sh [FOLDER]    (engine/ beside this script)
+# Usage: [PYTHON=python3] bash build.sh [FOLDER]    (engine/ beside this script)
 set -euo pipefail
 
 @common@

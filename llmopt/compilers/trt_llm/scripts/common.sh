@@ -10,7 +10,7 @@ check_version() { # version
   local found
   found="$("$python" -c 'from importlib.metadata import version; print(version("tensorrt_llm"))' 2>/dev/null)" ||
     fail "\`$python\` has no tensorrt_llm" "set PYTHON to an interpreter with TensorRT-LLM $1" 3
-  [[ "$found" == "$1" ]] ||
+  [[ "${found%%+*}" == "$1" ]] ||
     fail "TensorRT-LLM is $found, and this was prepared for $1" "install tensorrt_llm==$1, or prepare it for $found"
   # The commands of that interpreter, before any others.
   PATH="$(dirname -- "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"

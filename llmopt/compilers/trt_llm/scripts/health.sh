@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Wait until the server is ready, and ask it for one token.
-# Usage: ./health.sh [URL] [SECONDS]    (http://localhost:${PORT:-8000}, 900)
+# Usage: bash health.sh [URL] [SECONDS]    (http://localhost:${PORT:-8000}, 900)
 set -euo pipefail
 
 url="${1:-http://localhost:${PORT:-8000}}"

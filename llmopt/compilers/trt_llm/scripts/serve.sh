@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Serve with @what@: an OpenAI-compatible API.
-# Usage: [PYTHON=python3] [PORT=8000] ./serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
+# Usage: [PYTHON=python3] [PORT=8000] bash serve.sh [more options of trtllm-serve, such as --host 0.0.0.0]
 set -euo pipefail
 
 @common@

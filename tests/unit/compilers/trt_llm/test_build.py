@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 from llmopt.artifacts.outcome import silent
-from llmopt.compilers.trt_llm import build, child, gpu
-from llmopt.compilers.trt_llm.build import Built, Prepared, run
+from llmopt.compilers.trt_llm import build, child, commands, gpu
+from llmopt.compilers.trt_llm.build import Built, Prepared, engine_faults, run
 from llmopt.compilers.trt_llm.builder import Builder, versions
+from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import BackendMissingError, CorruptError, Exit, LlmoptError, SettingsError
 
 VERSION = "1.2.1"
@@ -35,7 +37,22 @@ ENGINE: dict[str, Any] = {
 }
 BUILD = ["trtllm-build", "--checkpoint_dir", "{checkpoint}", "--output_dir", "{engine}"]
 CACHE = ["--input_timing_cache", "{timing_cache}", "--output_timing_cache", "{timing_cache}"]
-SERVE = ["trtllm-serve", "{model}", "--config", "{prepared}/serve.yaml", "--host", "127.0.0.1", "--port", "{port}"]
+SERVE = [
+    "trtllm-serve",
+    "{model}",
+    "--tokenizer",
+    "{prepared}",
+    "--config",
+    "{prepared}/serve.yaml",
+    "--port",
+    "{port}",
+]
+CONFIG = json.dumps(
+    {
+        "version": VERSION,
+        "pretrained_config": {"mapping": {"tp_size": 2, "pp_size": 1}, "quantization": {"quant_algo": "FP8"}},
+    }
+)
 H100 = "{0}, GPU-{0}, NVIDIA H100 80GB HBM3, 81559, 570.86.15, 9.0"
 L4 = "{0}, GPU-{0}, NVIDIA L4, 23034, 570.86.15, 8.9"
 
@@ -87,6 +104,8 @@ print("pid", os.getpid(), flush=True)
 print("pid", worker.pid, flush=True)
 model, arguments = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
 assert os.path.isfile(arguments["--config"]) and os.path.isdir(model)
+assert os.path.isfile(arguments["--tokenizer"] + "/tokenizer.json")
+open("left-behind", "w").close()
 if deed == "gpu memory":
     sys.exit("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
 if deed == "hang":
@@ -174,6 +193,7 @@ class Machine:
         (folder / "checkpoint").mkdir(parents=True)
         (folder / "model").mkdir()
         (folder / "serve.yaml").write_text("{}\n")
+        (folder / "tokenizer.json").write_text("{}\n")
         engine = ENGINE | changes
         mapping = {"tp_size": engine["tensor_parallel"], "pp_size": engine["pipeline_parallel"]}
         (folder / "checkpoint" / "config.json").write_text(json.dumps({"mapping": mapping}))
@@ -241,12 +261,14 @@ def test_a_build_leaves_the_ranks_the_timing_cache_and_its_log(machine: Machine)
     assert built.to_json()["builder"] == f"python:{machine.python}"
 
 
-def test_a_build_runs_outside_the_artifact(machine: Machine) -> None:
-    prepared = machine.prepared()
+@pytest.mark.parametrize("mode", ["engine", "bundle"])
+def test_commands_run_outside_the_artifact(machine: Machine, mode: str) -> None:
+    prepared = machine.prepared(mode=mode)
     before = sorted(prepared.rglob("*"))
     machine.run(prepared)
     assert sorted(prepared.rglob("*")) == before
     assert not list(machine.out.rglob("model.cache"))
+    assert not list(machine.out.rglob("left-behind"))
 
 
 def test_a_timing_cache_is_taken_up_and_gone_on_with(machine: Machine) -> None:
@@ -255,6 +277,11 @@ def test_a_timing_cache_is_taken_up_and_gone_on_with(machine: Machine) -> None:
     machine.run(timing_cache=earlier)
     assert (machine.out / "timing.cache").read_text() == "known;timed;"
     assert earlier.read_text() == "known;"
+
+
+def test_a_timing_cache_that_is_missing_is_told(machine: Machine) -> None:
+    with pytest.raises(SettingsError, match="there is no timing cache `/no/such/file`"):
+        machine.run(timing_cache=Path("/no/such/file"))
 
 
 def test_the_module_is_run_where_there_is_no_script(machine: Machine) -> None:
@@ -281,8 +308,8 @@ def test_a_failure_shows_the_last_lines_and_keeps_the_log(machine: Machine) -> N
     ("deed", "message"),
     [
         ("gpu memory", r"^`trtllm-build` ran out of GPU memory \(exit code 1\)$"),
-        ("host memory", r"^`trtllm-build` ran out of memory \(exit code 1\)$"),
-        ("killed", r"^`trtllm-build` ran out of memory \(killed by SIGKILL\)$"),
+        ("host memory", r"^`trtllm-build` was killed, as by a system that ran out of memory \(exit code 1\)$"),
+        ("killed", r"^`trtllm-build` was killed, as by a system that ran out of memory \(killed by SIGKILL\)$"),
     ],
 )
 def test_running_out_of_memory_is_recognised(machine: Machine, deed: str, message: str) -> None:
@@ -297,16 +324,53 @@ def test_running_out_of_memory_is_recognised(machine: Machine, deed: str, messag
     ("deed", "fault"), [("partial", "`rank1.engine` is missing"), ("old", "says `version` 1.0.0, not 1.2.1")]
 )
 def test_success_without_engines_is_not_believed(machine: Machine, deed: str, fault: str) -> None:
-    with pytest.raises(LlmoptError, match="left no usable engine") as caught:
+    with pytest.raises(LlmoptError, match=r"^the build left no usable engine: ") as caught:
         machine.run(deed=deed)
     assert fault in caught.value.message
+    assert "the last lines of its log" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ("{", "cannot be used: JSONDecodeError"),
+        ("[]", "cannot be used: TypeError"),
+        ('{"version": "1.2.1", "pretrained_config": []}', "cannot be used: TypeError"),
+        ('{"version": "1.2.1"}', "cannot be used: KeyError"),
+        (None, "cannot be used: FileNotFoundError"),
+        (CONFIG, None),
+        (CONFIG.replace('"tp_size": 2', '"tp_size": 1'), "says `tp_size` 1, not 2"),
+        (CONFIG.replace('"pp_size": 1', '"pp_size": 2'), "says `pp_size` 2, not 1"),
+        (CONFIG.replace('"FP8"', "null"), "says `quant_algo` None, not FP8"),
+        (CONFIG.replace("1.2.1", "1.2.1+cu13"), None),
+    ],
+)
+def test_the_config_of_an_engine_must_be_of_this_build(machine: Machine, config: str | None, fault: str | None) -> None:
+    folder = machine.folder / "engine"
+    folder.mkdir()
+    for rank in range(2):
+        (folder / f"rank{rank}.engine").write_text("not empty")
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    found = engine_faults(folder, Prepared.read(machine.prepared()), VERSION)
+    assert (found == []) if fault is None else (fault in found[0] and len(found) == 1)
+
+
+def test_ranks_that_do_not_belong_and_empty_files_are_faults(machine: Machine) -> None:
+    folder = machine.folder / "engine"
+    folder.mkdir()
+    (folder / "config.json").write_text(CONFIG)
+    for rank, text in enumerate(["not empty", "", "not empty"]):
+        (folder / f"rank{rank}.engine").write_text(text)
+    found = engine_faults(folder, Prepared.read(machine.prepared()), VERSION)
+    assert found == ["`rank1.engine` is missing or empty", "`rank2.engine` is of no rank"]
 
 
 @pytest.mark.parametrize("mode", ["engine", "bundle"])
 def test_a_time_out_ends_every_process(machine: Machine, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_GRACE_S", 0.2)
-    with pytest.raises(LlmoptError, match=r"(was ended after|was not healthy within) 0\.8 s") as caught:
-        machine.run(machine.prepared(mode=mode), deed="hang", timeout_s=0.8)
+    with pytest.raises(LlmoptError, match=r"(was ended after|was not healthy within) 3 s") as caught:
+        machine.run(machine.prepared(mode=mode), deed="hang", timeout_s=3)
     assert caught.value.code is Exit.ERROR
     assert not any(is_running(pid) for pid in pids_in(machine.log()))
 
@@ -429,6 +493,12 @@ def test_another_version_is_refused(machine: Machine) -> None:
     assert error.message.endswith("has `1.2.1`")
 
 
+def test_what_a_build_of_a_version_appends_does_not_matter(machine: Machine) -> None:
+    shutil.rmtree(machine.folder / "site" / f"tensorrt_llm-{VERSION}.dist-info")
+    machine.environment(f"{VERSION}+cu13")
+    assert machine.run().versions["tensorrt_llm"] == f"{VERSION}+cu13"
+
+
 def test_versions_are_asked_without_importing_anything(machine: Machine) -> None:
     assert versions(Builder.parse(str(machine.python))) == {
         "tensorrt_llm": VERSION,
@@ -442,9 +512,7 @@ def test_versions_are_asked_without_importing_anything(machine: Machine) -> None
 
 def test_a_package_that_was_never_installed_tells_its_version(machine: Machine) -> None:
     site = machine.folder / "site"
-    for file in (site / f"tensorrt_llm-{VERSION}.dist-info").iterdir():
-        file.unlink()
-    (site / f"tensorrt_llm-{VERSION}.dist-info").rmdir()
+    shutil.rmtree(site / f"tensorrt_llm-{VERSION}.dist-info")
     (site / "tensorrt_llm" / "version.py").write_text("__version__ = '1.3.0rc5'\n")
     assert versions(Builder.parse(str(machine.python)))["tensorrt_llm"] == "1.3.0rc5"
 
@@ -467,8 +535,10 @@ def test_a_program_that_is_no_python_is_told(machine: Machine) -> None:
 def test_a_builder_is_an_interpreter_or_an_image(machine: Machine) -> None:
     python = machine.python
     assert Builder.parse(f"python:{python}") == Builder.parse(str(python)) == Builder(kind="python", name=str(python))
-    with pytest.raises(SettingsError, match="is no program"):
-        Builder.parse("python:/no/such/python")
+    assert Builder.parse("nvidia-smi").name == str(machine.folder / "bin" / "nvidia-smi")  # on the PATH
+    for missing in ("python:/no/such/python", "no-such-python", ""):
+        with pytest.raises(SettingsError, match=r"is no program|is a folder"):
+            Builder.parse(missing)
     (python.parent / "bin").mkdir()
     (python.parent / "bin" / "python").symlink_to(python)
     with pytest.raises(SettingsError, match="is a folder") as caught:
@@ -543,7 +613,7 @@ def test_a_container_is_removed_when_its_command_was_ended(
 ) -> None:
     monkeypatch.setattr(child, "_GRACE_S", 0.2)
     with pytest.raises(LlmoptError, match="was ended after"):
-        machine.run(builder=Builder.parse("docker:ngc/trt:1"), deed="hang", timeout_s=1.5)
+        machine.run(builder=Builder.parse("docker:ngc/trt:1"), deed="hang", timeout_s=3)
     *_, ran, removed = docker()
     assert removed == ["rm", "--force", ran[ran.index("--name") + 1]]
 
@@ -579,6 +649,16 @@ def test_a_damaged_artifact_is_refused(machine: Machine, file: str, text: str, m
     (prepared / file).write_text(text)
     with pytest.raises(CorruptError, match=message):
         Prepared.read(prepared)
+
+
+@pytest.mark.parametrize(("version", "mode"), [("1.2.1", "engine"), ("1.2.1", "bundle"), ("0.21.0", "engine")])
+def test_the_commands_that_are_prepared_can_be_run(machine: Machine, version: str, mode: Any) -> None:
+    prepared = machine.prepared(mode=mode, version=version)
+    settings = Settings(version=version, mode=mode, tensor_parallel=2, max_input_len=512, max_seq_len=1024)
+    (prepared / "commands.json").write_text(commands.files(settings)["commands.json"])
+    read = Prepared.read(prepared)
+    assert [command[0] for command in read.build] == (["trtllm-build"] if mode == "engine" else [])
+    assert read.serve[0] == "trtllm-serve"
 
 
 def test_a_folder_of_another_kind_is_refused(machine: Machine) -> None:
