@@ -14,7 +14,7 @@ from llmopt.errors import SettingsError
 
 
 def of(settings: Settings) -> Deployment:
-    return Deployment.of(settings, name="llama", runtime="tensorrt-llm", mode="bundle", model="model", kv_cache="fp8")
+    return Deployment.of(settings, name="llama", runtime="tensorrt-llm", mode="bundle", model="model", kv_cache="FP8")
 
 
 def test_what_the_runtimes_options_say_of_a_field_is_that_field() -> None:
@@ -60,7 +60,7 @@ def test_an_instance_with_too_few_gpus_is_refused(emitter: str) -> None:
 
 @pytest.mark.parametrize("emitter", ["k8s", "sagemaker"])
 def test_an_instance_of_another_architecture_is_refused(emitter: str) -> None:
-    with pytest.raises(SettingsError, match=r"has GPUs of sm_90, and the engine is for sm_86"):
+    with pytest.raises(SettingsError, match=r"has GPUs of sm_90, and what is compiled is for sm_86"):
         emit([emitter], dataclasses.replace(ENGINE, instance="ml.p5.48xlarge"))
 
 
