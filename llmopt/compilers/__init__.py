@@ -21,6 +21,7 @@ from llmopt.profiles.settings import build
 TARGETS: Mapping[str, str] = {
     "openvino": "llmopt.compilers.ov.target:OpenVINO",
     "tensorrt-llm": "llmopt.compilers.trt_llm.target:TensorRTLLM",
+    "vllm": "llmopt.compilers.vllm_target:VLLM",
 }
 DEFAULT_TARGET = "openvino"
 
