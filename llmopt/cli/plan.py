@@ -222,10 +222,13 @@ def _text(
     yield f"workload     {workload.prompt_tokens:,.0f} tokens in, {workload.output_tokens:,.0f} out{flight}{asked}"
     yield ""
     shown = found if each_precision else _cheapest(found)
-    head = ["", "HARDWARE", "PRECISION", "TP", "MEMORY", "BATCH", "TTFT ms", "TPOT ms", "TOKENS/s", "$/h", "$/1M"]
-    fitting = sorted((option for option in shown if option.fits), key=_order)
+    first = ["", "HARDWARE", *([] if each_precision else ["FITS IN"]), "PRECISION"]
+    head = [*first, "TP", "MEMORY", "BATCH", "TTFT ms", "TPOT ms", "TOKENS/s", "$/h", "$/1M"]
+    fitting = sorted(
+        (option for option in shown if option.fits), key=lambda option: (option is not chosen, *_order(option))
+    )
     if fitting:
-        yield table([head, *(_cells(option, option is chosen) for option in fitting)], left=3)
+        yield table([head, *(_cells(option, found, chosen, each_precision) for option in fitting)], left=len(first))
     else:
         yield "Nothing fits."
     yield from _refused(found, [option for option in shown if not option.fits])
@@ -252,7 +255,8 @@ def _order(option: Option) -> tuple[bool, float, float]:
     return cost is None, cost or 0.0, -(option.tokens_s or 0.0)
 
 
-def _cells(option: Option, chosen: bool) -> list[str]:
+def _cells(option: Option, found: Sequence[Option], chosen: Option | None, each_precision: bool) -> list[str]:
+    fitting = [other.precision.name for other in found if other.hardware is option.hardware and other.fits]
     prediction, memory, hardware = option.prediction, option.memory, option.hardware
     assert memory is not None
     several = f"{option.instances} x " if option.instances > 1 else ""
@@ -260,8 +264,9 @@ def _cells(option: Option, chosen: bool) -> list[str]:
     replicas = f"{option.replicas} x " if option.replicas > 1 else ""
     cost, price = option.usd_per_million, hardware.price_usd_h
     return [
-        "*" if chosen else "",
+        "*" if option is chosen else "",
         several + hardware.name,
+        *([] if each_precision else [" ".join(fitting)]),
         option.precision.name,
         split,
         f"{memory.total / 1e9:.1f} of {hardware.memory_bytes / 1e9:.0f} GB",

@@ -23,6 +23,8 @@ KV_SHARE = {"gpu": 0.9, "accelerator": 0.9, "cpu": 0.5}
 MAX_BATCH = {"gpu": 2048, "accelerator": 2048, "cpu": 256}
 #: Without limits a batch is made no larger than this part of the most tokens a second asks for.
 ENOUGH = 0.95
+#: What is within 2 % of the best is as good: the predictions know no better.
+AS_GOOD = 0.98
 
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 TIMES = ("ttft_ms", "tpot_ms", "e2e_ms")
@@ -123,12 +125,23 @@ def options(
 
 
 def best(found: Sequence[Option]) -> Option | None:
-    """The cheapest a token; where no price is known, the fastest for its devices; None where nothing fits."""
-    usable = [option for option in found if option.fits and option.prediction is not None]
+    """The cheapest a token; where no price is known, the fastest for its devices; None where nothing fits.
+
+    On the same hardware the first of what is as good, so the wider precision.
+    """
+    usable = [option for option in found if option.fits and option.tokens_s]
     priced = [option for option in usable if option.usd_per_million is not None]
-    if priced:
-        return min(priced, key=lambda option: option.usd_per_million or math.inf)
-    return max(usable, key=lambda option: (option.tokens_s or 0) / option.hardware.devices, default=None)
+    ranked = sorted(priced or usable, key=_merit, reverse=True)
+    alike = [each for each in found if ranked and each in ranked and each.hardware is ranked[0].hardware]
+    return next((each for each in alike if _merit(each) >= AS_GOOD * _merit(ranked[0])), None)
+
+
+def _merit(option: Option) -> float:
+    """Tokens for a dollar, or a second of a device."""
+    cost, rate = option.usd_per_million, option.tokens_s or 0.0
+    if cost is None:
+        return rate / option.hardware.devices
+    return math.inf if cost == 0 else 1 / cost
 
 
 def _option(
@@ -141,7 +154,7 @@ def _option(
     tensor_parallel: int | None,
 ) -> Option:
     base = Option(hardware=row, precision=precision, kv_precision=kv_precision)
-    missing = unsupported(precision, row)
+    missing = unsupported(precision, row, kv_precision)
     if missing is not None:
         return _without(base, missing)
     tried: list[Option] = []

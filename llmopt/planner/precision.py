@@ -86,11 +86,14 @@ def default_kv(precision: Precision, kind: str) -> str:
     return "fp32" if precision.name == "fp32" else "fp16"
 
 
-def unsupported(precision: Precision, hardware: Hardware) -> str | None:
-    """Why the hardware does not run the precision, None where it does."""
-    if not hardware.flops or precision.on(hardware.kind).arithmetic in hardware.flops:
-        return None
-    return f"{hardware.device or hardware.name} has no {precision.arithmetic.upper()} arithmetic"
+def unsupported(precision: Precision, hardware: Hardware, kv_precision: str = "fp16") -> str | None:
+    """Why the hardware does not run the precision, or the KV cache's; None where it does, or where nothing is known."""
+    device = hardware.device or hardware.name
+    if hardware.flops and precision.on(hardware.kind).arithmetic not in hardware.flops:
+        return f"{device} has no {precision.arithmetic.upper()} arithmetic"
+    if hardware.flops and kv_precision == "fp8" and "fp8" not in hardware.flops:
+        return f"{device} has no FP8 arithmetic, which a KV cache in FP8 needs"
+    return None
 
 
 def stored(shape: ModelShape) -> Precision | None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llmopt.artifacts.outcome import Json
-from llmopt.compilers.trt_llm import versions
-from llmopt.compilers.trt_llm.versions import Mode, Numbers, Option, Section, Version
+from llmopt.compilers.trt_llm import options, versions
+from llmopt.compilers.trt_llm.versions import Mode, Numbers, Version
 from llmopt.errors import SettingsError, nearest
 from llmopt.planner import hardware
 
@@ -34,7 +33,6 @@ _FP8_ATTENTION = ("FP8", "W4A8_AWQ", "NVFP4")  # weights that FP8 context attent
 _DRAFT_FREE_BUILDS = ("draft_tokens_external", "lookahead_decoding")
 _WITH_DRAFT_MODEL = ("Eagle", "Eagle3", "DraftTarget", "Draft_Target")
 _WITH_LENGTH = (*_WITH_DRAFT_MODEL, "NGram")
-_ENGINE_ONLY = ("Lookahead", "Medusa")  # supports_backend of llm_args.py
 
 
 def check_settings(settings: Settings) -> None:
@@ -43,8 +41,8 @@ def check_settings(settings: Settings) -> None:
     mode = version.modes[0] if settings.mode == "auto" else settings.mode
     _check_numbers(settings)
     _check_gpu(settings)
-    _check_options("build", ("build",), settings.build, version, mode)
-    _check_options("serve", ("serve", "yaml"), settings.serve, version, mode)
+    options.check("build", settings.build, version, mode)
+    options.check("serve", settings.serve, version, mode)
     _raise_first(_faults(settings))
     _raise_first(_drafting_faults(settings, version, mode))
     _raise_first(_engine_faults(settings) if mode == "engine" else _bundle_faults(settings))
@@ -122,84 +120,6 @@ def _check_gpu(settings: Settings) -> None:
         )
 
 
-def _check_options(
-    setting: str, sections: tuple[Section, ...], values: Mapping[str, Json], version: Version, mode: Mode
-) -> None:
-    if values and setting == "build" and mode == "bundle":
-        raise SettingsError(
-            "`compile.build` is for `trtllm-build`, and a bundle is not built",
-            hint="use `mode: engine`, or say it in `compile.serve`",
-        )
-    for name, value in values.items():
-        rows = [row for section in sections if (row := versions.option(section, name)) is not None]
-        if not rows:
-            program = "trtllm-build" if setting == "build" else "trtllm-serve"
-            raise SettingsError(
-                f"`compile.{setting}.{name}` is no option of {program}",
-                hint=versions.nearest_option(sections, name, version, mode),
-            )
-        _check_option(rows[0], value, f"compile.{setting}.{name}", version, mode)
-
-
-def _check_option(row: Option, value: Json, where: str, version: Version, mode: Mode) -> None:
-    if row.refused is not None:
-        raise SettingsError(f"`{where}` cannot be set", hint=row.refused)
-    if row.mode not in (None, mode):
-        other = f"only `mode: {row.mode}` has it"
-        raise SettingsError(f"`{where}` is not for `mode: {mode}`", hint=row.instead or other)
-    if not version.has(row):
-        known = f"it came with `{row.since}`" if row.since else f"it was there before `{row.before}`"
-        raise SettingsError(f"TensorRT-LLM `{version.name}` has no `{row.name}`", hint=row.instead or known)
-    _check_value(row, value, where, version, mode)
-
-
-def _check_value(row: Option, value: Json, where: str, version: Version, mode: Mode) -> None:
-    if row.kind == "object":
-        if not isinstance(value, dict):
-            raise SettingsError(f"`{where}` must be a mapping, not `{value}`", hint="write `name: ...` below it")
-        for name, item in value.items():
-            if name not in row.fields:
-                usable = [r.name for r in row.fields.values() if not r.refused and r.mode in (None, mode)]
-                raise SettingsError(f"`{where}` has no field `{name}`", hint=nearest(name, usable))
-            _check_option(row.fields[name], item, f"{where}.{name}", version, mode)
-    elif row.kind == "choice":
-        if value not in row.choices:
-            raise SettingsError(f"`{where}` cannot be `{value}`", hint=nearest(str(value), row.choices))
-    elif row.kind in ("ints", "texts"):
-        if not isinstance(value, list) or not value:
-            raise SettingsError(f"`{where}` must be a list, not `{value}`", hint="write `[..., ...]`")
-        for item in value:
-            _check_scalar(row, item, where)
-    else:
-        _check_scalar(row, value, where)
-
-
-def _check_scalar(row: Option, value: Json, where: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits, words = {
-        "int": (number and isinstance(value, int), "a whole number"),
-        "ints": (number and isinstance(value, int), "a whole number"),
-        "float": (number, "a number"),
-        "text": (isinstance(value, str) and value != "", "text"),
-        "texts": (isinstance(value, str) and value != "", "text"),
-        "flag": (isinstance(value, bool), "true or false"),
-        "onoff": (isinstance(value, bool) or value in ("enable", "disable"), "`enable` or `disable`"),
-    }[str(row.kind)]
-    if not fits:
-        raise SettingsError(f"`{where}` must be {words}, not `{value}`", hint=f"source: {_source(row)}")
-    if isinstance(value, str) and "{" in value:  # of commands.json
-        raise SettingsError(f"`{where}` cannot hold a brace, which stands for a placeholder", hint="put it in a file")
-    low, high = row.min, row.max
-    if number and ((low is not None and value < low) or (high is not None and value > high)):  # type: ignore[operator]
-        limits = [f"at least {low:g}"] if low is not None else []
-        limits += [f"at most {high:g}"] if high is not None else []
-        raise SettingsError(f"`{where}` cannot be `{value}`", hint=" and ".join(limits))
-
-
-def _source(row: Option) -> str:
-    return versions.table().sources[row.source]
-
-
 def _field(settings: Settings, group: str, name: str) -> Any:
     """What `serve` says of a field of an object, None where it says nothing."""
     values = settings.serve.get(group)
@@ -249,13 +169,15 @@ def _drafting_faults(settings: Settings, version: Version, mode: Mode) -> Iterat
         yield "`compile.serve.speculative_config` needs `decoding_type`", "such as `decoding_type: NGram`"
     if kind == "DraftTarget" and version.at_least("1.3.0rc0"):
         yield f"TensorRT-LLM `{version.name}` has no `decoding_type: {kind}`", "it is `Draft_Target` there"
-    if kind == "Medusa" or (mode == "engine" and kind != "Lookahead"):
+    if kind == "Medusa":
+        yield "`decoding_type: Medusa` needs a checkpoint with draft heads, which none here has", "use another"
+    if mode == "engine" and kind != "Lookahead":  # supports_backend of llm_args.py, here and below
+        yield f"`decoding_type: {kind}` is for bundles only", "an engine has `Lookahead`"
+    if mode == "bundle" and kind == "Lookahead":
         yield (
-            f"`decoding_type: {kind}` is not for an engine prepared here",
-            "an engine has `Lookahead`, and a bundle `NGram`, `DraftTarget`, `Eagle` and `MTP`",
+            "`decoding_type: Lookahead` is for engines only",
+            "a bundle has `NGram`, which needs no second model either",
         )
-    if mode == "bundle" and kind in _ENGINE_ONLY:
-        yield f"`decoding_type: {kind}` is for engines only", "a bundle has `NGram`, which needs no second model either"
     if kind in _WITH_LENGTH and "max_draft_len" not in group:
         yield f"`decoding_type: {kind}` needs `max_draft_len`", "such as `max_draft_len: 4`"
     if kind in _WITH_DRAFT_MODEL and "speculative_model_dir" not in group:

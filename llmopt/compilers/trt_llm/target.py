@@ -59,10 +59,10 @@ class TensorRTLLM(Settings):
             _write(out / name, text)
         _write_json(out / "engine.json", _describe(model, made))
         progress("validating what was written")
-        report = validate.validate(out)
+        report = validate.validate(out, record=True)
         return Outcome(
             status="prepared",
-            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.metrics()},
+            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.to_json()},
             events=events,
         )
 
@@ -99,7 +99,6 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeo
 
 def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tuple[str, ...]:
     """`checkpoint/` with the tokenizer beside it, or `model/`; returns what changed numbers."""
-    from llmopt.compilers import inspection
     from llmopt.compilers.trt_llm import bundle, checkpoint
     from llmopt.formats.reading import open_model
 
@@ -110,7 +109,6 @@ def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tu
     else:
         copy_companions(model, out)
         events = checkpoint.write(open_model(model), made.engine, folder, progress)
-    inspection.record(folder)
     return events
 
 

@@ -7,9 +7,10 @@ could not be read at the release itself says which source it was.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +23,7 @@ Section: TypeAlias = Literal["build", "serve", "yaml"]
 LAST_BUILDER, LAST_RELEASE_WITH_ENGINES = "1.3.0rc20", "1.2.1"
 KINDS = ("int", "float", "text", "texts", "ints", "flag", "onoff")
 _FILE = Path(__file__).with_name("versions.yaml")
-_NAME = re.compile(r"(\d+)\.(\d+)\.(\d+)(?:rc(\d+))?")
+_NAME = re.compile(r"((\d+)\.(\d+)\.(\d+)(?:rc(\d+))?)(?:\.post\d+)?")
 _FINAL = 1 << 30  # a release comes after all of its candidates
 
 _Order: TypeAlias = tuple[int, int, int, int]
@@ -118,17 +119,17 @@ def known() -> tuple[str, ...]:
 
 
 def find(name: str) -> Version:
-    """The row of a version; SettingsError that names the nearest one for any other."""
-    versions = table().versions
-    if name in versions:
-        return versions[name]
-    if not _NAME.fullmatch(name):
+    """The row of a version, or of what its `.postN` mends; SettingsError that names the nearest for any other."""
+    match, versions = _NAME.fullmatch(name), table().versions
+    if match is not None and match[1] in versions:
+        return replace(versions[match[1]], name=name)
+    if match is None:
         raise SettingsError(f"`{name}` is no version of TensorRT-LLM", hint=f"such as `{LAST_RELEASE_WITH_ENGINES}`")
     before = [other for other in known() if _order(other) < _order(name)]
     neighbour = before[-1] if before else known()[0]
     raise SettingsError(
         f"TensorRT-LLM `{name}` is not in the table of versions, so its flags are not known",
-        hint=f"the nearest that is: `{neighbour}`; all: " + ", ".join(f"`{row}`" for row in _abridged()),
+        hint=f"the nearest that is: `{neighbour}`; all: {_abridged()}",
     )
 
 
@@ -152,7 +153,7 @@ def _order(name: str) -> _Order:
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(name)
-    major, minor, patch, candidate = match.groups()
+    _, major, minor, patch, candidate = match.groups()
     return int(major), int(minor), int(patch), _FINAL if candidate is None else int(candidate)
 
 
@@ -161,13 +162,10 @@ def is_past_the_builder(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and _order(name) > _order(LAST_BUILDER)
 
 
-def _abridged() -> Iterator[str]:
-    """The known versions, a run of candidates as its first and last."""
-    names = known()
-    for number, name in enumerate(names):
-        inside = all("rc" in n for n in names[max(number - 1, 0) : number + 2])
-        if not (inside and 0 < number < len(names) - 1):
-            yield name
+def _abridged() -> str:
+    """The known versions in words, the candidates of a release as their first and last."""
+    runs = [list(run) for _, run in itertools.groupby(known(), key=lambda name: name.partition("rc")[0])]
+    return ", ".join(f"`{run[0]}`" + (f" to `{run[-1]}`" if len(run) > 1 else "") for run in runs)
 
 
 def _versions(row: Mapping[str, Any]) -> Iterator[Version]:

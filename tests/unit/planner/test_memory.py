@@ -36,7 +36,7 @@ def test_an_unknown_kv_precision_is_an_error(published: dict[str, ModelShape]) -
         kv_sequence_bytes(published["Llama-3.1-8B"], 1, "fp4")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_together_hold_the_model_and_what_each_repeats(
     precision: Precision, ranks: int, published: dict[str, ModelShape]

@@ -75,7 +75,9 @@ def test_candidates_are_ordered_by_number_and_come_before_their_release() -> Non
         ("1.2.1", ("bundle", "engine")),
         ("1.3.0rc20", ("bundle", "engine")),
         ("1.3.0rc21", ("bundle",)),
-        ("1.3.0rc27", ("bundle",)),
+        ("1.3.0rc29", ("bundle",)),
+        ("1.4.0rc1", ("bundle",)),
+        ("1.3.0rc12.post1", ("bundle", "engine")),
     ],
 )
 def test_the_modes_of_a_version_begin_with_its_default(name: str, modes: tuple[str, ...]) -> None:
@@ -87,9 +89,9 @@ def test_the_modes_of_a_version_begin_with_its_default(name: str, modes: tuple[s
     [
         ("1.2.7", "`1.2.1`"),
         ("0.9.0", "`0.21.0`"),
-        ("1.3.0rc99", "`1.3.0rc27`"),
+        ("1.3.0rc99", "`1.3.0rc29`"),
         ("1.0.3", "`1.0.0`"),
-        ("2.0.0", "`1.3.0rc27`"),
+        ("2.0.0", "`1.4.0rc1`"),
     ],
 )
 def test_an_unknown_version_names_the_nearest_known_one(name: str, nearest: str) -> None:
@@ -112,3 +114,11 @@ def test_the_known_versions_fit_on_a_line() -> None:
 
 def test_a_container_is_named_by_its_version() -> None:
     assert versions.find("1.2.1").image == "nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
+
+
+def test_a_mended_release_is_known_by_its_own_name() -> None:
+    assert versions.find("1.3.0rc12.post1").name == "1.3.0rc12.post1"
+    assert not versions.is_past_the_builder("1.3.0rc20.post1")
+    assert versions.is_past_the_builder("1.3.0rc22.post1")
+    with pytest.raises(SettingsError, match=r"`1.0.7.post1` is not in the table"):
+        versions.find("1.0.7.post1")
