@@ -1,4 +1,4 @@
-"""A target in stages: planned and prepared here, built where a GPU is. What builds is a stand-in: it makes no engine."""
+"""A target in stages: planned and prepared here, built where a GPU is. What builds is a stand-in, no engine is made."""
 
 from __future__ import annotations
 
