@@ -45,11 +45,8 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
 
 def _next(result: StageResult) -> str:
     """On a machine that shares the store, or anywhere from a copy."""
-    there = f"copy it there (`--out DIR`, or {result.path})"
-    if result.metrics["runtime"] == _VLLM or result.metrics["mode"] == "bundle":
-        start = f"{there} and `bash serve.sh`"
-    else:
-        start = f"{there} and `bash build.sh`"
+    there = f"copy it there (`--out DIR`, or {result.path}) and"
     if result.metrics["runtime"] == _VLLM:
-        return start
-    return f"`llmopt compile --resume {result.artifact[:19]} --builder PYTHON` where the GPU is; or {start}"
+        return f"{there} `bash deploy/vllm/serve.sh`"
+    script = "build.sh" if result.metrics["mode"] == "engine" else "serve.sh"
+    return f"`llmopt compile --resume {result.artifact[:19]} --builder PYTHON` where the GPU is; or {there} `bash {script}`"
