@@ -288,7 +288,7 @@ def _cells(option: Option, found: Sequence[Option], chosen: Option | None, each_
 def _refused(found: Sequence[Option], refused: Sequence[Option]) -> Iterator[str]:
     if refused:
         yield ""
-        yield "Does not fit:"
+        yield "Ruled out:"
         width = max(len(f"{option.hardware.name} {option.precision.name}") for option in refused)
         for option in refused:
             yield f"  {f'{option.hardware.name} {option.precision.name}'.ljust(width)}  {option.reason}"
