@@ -159,7 +159,5 @@ def _validate(session: Session, folder: Path) -> int:
     from llmopt.compilers.trt_llm.validate import validate
 
     report = validate(folder)
-    found = report.metrics()
-    text = f"nothing is wrong with `{folder}`: " + ", ".join(f"{name} {value}" for name, value in found.items())
-    session.console.result(text, {"folder": str(folder), "valid": True, **found})
+    session.console.result("\n".join(report.lines()), {"folder": str(folder), **report.to_json()})
     return int(Exit.OK)

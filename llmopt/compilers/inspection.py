@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.artifacts.outcome import Json
 from llmopt.errors import CorruptError, LlmoptError
 from llmopt.formats.base import Part
 from llmopt.models.checkpoint import FLOATS, STORAGE, TensorInfo, bfloat16_to_float32, read_header
@@ -58,6 +59,38 @@ class Faults:
         raise CorruptError(
             f"`{folder}` is no valid {what}: {faults}\n" + "\n".join(lines), hint="prepare it again from the source"
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What was found in order. digests: how many of CHECKSUMS agree; 0 where the folder has none."""
+
+    what: str
+    ranks: int
+    tensors: int
+    bytes: int
+    digests: int
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "valid": True,
+            "what": self.what,
+            "ranks": self.ranks,
+            "tensors": self.tensors,
+            "bytes": self.bytes,
+            "digests": self.digests,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        size = f"{self.tensors} tensors of {self.ranks} ranks" if self.ranks > 1 else f"{self.tensors} tensors"
+        sums = f"{self.digests} digests of {CHECKSUMS} agree"
+        without = f"no {CHECKSUMS}: tensors of one shape that changed places would not be found"
+        return [
+            f"valid     a {self.what}",
+            f"tensors   {size}, {self.bytes / 1e9:.3f} GB: names, shapes, dtypes, values",
+            f"digests   {sums if self.digests else without}",
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +179,16 @@ def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
     return Seen(digest.hexdigest(), constant)
 
 
+def look_at_all(
+    tensors: Mapping[str, Mapping[str, TensorInfo]], unfit: Mapping[str, set[str]], faults: Faults
+) -> dict[str, dict[str, Seen]]:
+    """All tensors but the unfit, of which one fault is enough; all by file."""
+    return {
+        file: {name: look(file, name, info, faults) for name, info in found.items() if name not in unfit.get(file, ())}
+        for file, found in tensors.items()
+    }
+
+
 def _wrong(stored: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
     """Counts of values that cannot be meant."""
     if dtype == "F8_E4M3":
@@ -211,6 +254,26 @@ class Checksums:
                     instead = "other bytes than when it was prepared" if owner is None else f"the bytes of {owner}"
                     faults.add(file, f"`{name}` has {instead}")
         return len(self.files) + sum(len(known) for known in self.tensors.values())
+
+
+def conclude(
+    folder: Path,
+    what: str,
+    tensors: Mapping[str, Mapping[str, TensorInfo]],
+    seen: Mapping[str, Mapping[str, Seen]],
+    sums: Checksums | None,
+    faults: Faults,
+    *,
+    ranks: int = 1,
+    record: bool = False,
+) -> Report:
+    """Compare the digests, and raise CorruptError unless there are no faults; `record` writes CHECKSUMS then."""
+    digests = 0 if sums is None else sums.compare(seen, faults)
+    faults.check(folder, what)
+    digests = write_checksums(folder, seen) if record else digests
+    infos = [info for found in tensors.values() for info in found.values()]
+    size = sum(info.size for info in infos)
+    return Report(what=what, ranks=ranks, tensors=len(infos), bytes=size, digests=digests)
 
 
 def stray_weights(folder: Path, known: Iterable[str], faults: Faults) -> None:

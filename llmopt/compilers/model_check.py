@@ -12,7 +12,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from llmopt.compilers.inspection import Faults, compare, read_json, read_tensors, stray_weights
+from llmopt.compilers.inspection import (
+    Checksums,
+    Faults,
+    Report,
+    compare,
+    conclude,
+    look_at_all,
+    read_json,
+    read_tensors,
+    stray_weights,
+)
 from llmopt.errors import LlmoptError
 from llmopt.formats.base import HALVES, Part, QuantizedReader
 from llmopt.formats.reading import linears, open_quantized
@@ -28,24 +38,25 @@ _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", "attention.bias")
 
 
-def check_model(folder: Path, faults: Faults) -> tuple[dict[str, dict[str, TensorInfo]], set[str]]:
-    """Add every fault of a checkpoint that can be told without reading its values.
+def check_model(folder: Path, what: str, *, record: bool = False) -> Report:
+    """Every file and every value of a checkpoint; `what` it is in words. `record` writes CHECKSUMS.
 
-    Returns its tensors by file, and the names of those that do not fit.
+    Raises CorruptError that lists the faults.
     """
-    tensors = _read_files(folder, faults)
-    found = {name: info for each in tensors.values() for name, info in each.items()}
-    values = read_json(folder / "config.json", faults)
-    vocabulary, unfit = None, set[str]()
+    faults = Faults()
+    sums, tensors = Checksums.read(folder, faults), _read_files(folder, faults)
+    values, vocabulary, unfit = read_json(folder / "config.json", faults), None, set[str]()
     if values is not None:
         beside = read_json(folder / _QUANTIZATION, faults) if (folder / _QUANTIZATION).exists() else None
         own = values.get("quantization_config")
         _check_quantization(own, beside, faults)
         if beside is not None:
             values["quantization_config"] = {"quant_method": "modelopt", **(own or {}), **beside}
+        found = {name: info for each in tensors.values() for name, info in each.items()}
         vocabulary, unfit = _check_tensors(Checkpoint(folder, values, found), faults)
     check_tokenizer(folder, vocabulary, faults)
-    return tensors, unfit
+    seen = look_at_all(tensors, dict.fromkeys(tensors, unfit), faults)
+    return conclude(folder, what, tensors, seen, sums, faults, record=record)
 
 
 def check_tokenizer(folder: Path, vocabulary: int | None, faults: Faults) -> None:
@@ -108,7 +119,7 @@ def _check_quantization(own: Mapping[str, Any] | None, beside: Mapping[str, Any]
     """config.json and hf_quant_config.json of ModelOpt: one is what vLLM reads, the other what TensorRT-LLM does."""
     if beside is None:
         if own is not None and own.get("quant_method") == "modelopt":
-            faults.add(_QUANTIZATION, "is missing, which TensorRT-LLM reads")
+            faults.add(_QUANTIZATION, "is missing, where TensorRT-LLM looks")
         return
     said = beside.get("quantization")
     if not isinstance(said, Mapping):

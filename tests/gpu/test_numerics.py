@@ -56,16 +56,19 @@ MakeKnown: TypeAlias = Callable[..., Known]
 
 @pytest.fixture(scope="session")
 def known(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> MakeKnown:
-    """known(scheme, format, kv_cache="none") -> a Llama of two blocks whose linears have random codes."""
+    """known(scheme, format, kv_cache="none", smooth=False) -> a Llama of two blocks whose linears have random codes.
+
+    smooth: the input of each is multiplied by one or two, as another tool's AWQ or SmoothQuant would have it.
+    """
     plain = make_checkpoint("llama")
 
-    def make(scheme: Scheme | None, encoding: str, kv_cache: KVCache = "none") -> Known:
-        return _known(plain, tmp_path_factory.mktemp("known"), scheme, encoding, kv_cache)
+    def make(scheme: Scheme | None, encoding: str, kv_cache: KVCache = "none", *, smooth: bool = False) -> Known:
+        return _known(plain, tmp_path_factory.mktemp("known"), scheme, encoding, kv_cache, smooth)
 
     return make
 
 
-def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cache: KVCache) -> Known:
+def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cache: KVCache, smooth: bool) -> Known:
     shutil.copytree(plain, out, dirs_exist_ok=True)
     tensors = read(plain / "model.safetensors")
     weights = {name.removesuffix(".weight"): value.double().numpy() for name, value in tensors.items()}
@@ -82,6 +85,10 @@ def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cach
         weights[prefix] = weight
         stored = form.encode(codes, scheme, "BF16", INPUT_SCALE if scheme.activations == "static" else None)
         tensors |= {f"{prefix}.{suffix}": to_torch(part) for suffix, part in stored.items()}
+        if smooth:
+            smooth_I = torch.arange(weight.shape[1]) % 64 % 3 % 2 + 1  # one where `inputs` has its largest
+            tensors[f"{prefix}.pre_quant_scale"] = smooth_I.to(torch.bfloat16)
+            weights[prefix] = weight * smooth_I.numpy()
     if kv_cache != "none":
         for index in range(2):
             scales = form.encode_kv(*KV_SCALES).items()
@@ -89,7 +96,8 @@ def _known(plain: Path, out: Path, scheme: Scheme | None, encoding: str, kv_cach
     save_file(tensors, out / "model.safetensors")
     schemes = {**dict.fromkeys(prefixes, scheme), "lm_head": None}
     config["quantization_config"] = form.config(schemes, kv_cache=kv_cache)
-    (out / "config.json").write_text(json.dumps(config))
+    for name, text in {"config.json": config, **form.extra_files(schemes, kv_cache)}.items():
+        (out / name).write_text(json.dumps(text))
     return Known(out, weights)
 
 
@@ -331,11 +339,25 @@ def test_each_rank_of_an_engine_multiplies_as_its_part_of_the_weights(
     tensor_parallel: int,
     pipeline_parallel: int,
 ) -> None:
+    source = known(ENGINE[algorithm][0], "compressed-tensors")
+    check_ranks(source, device, tmp_path, algorithm, tensor_parallel, pipeline_parallel)
+
+
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"])
+def test_inputs_that_are_scaled_first_are_scaled_on_each_rank(
+    known: MakeKnown, device: str, tmp_path: Path, algorithm: str
+) -> None:
+    source = known(ENGINE[algorithm][0], "modelopt", smooth=True)
+    check_ranks(source, device, tmp_path, algorithm, 2, 1)
+
+
+def check_ranks(
+    source: Known, device: str, out: Path, algorithm: str | None, tensor_parallel: int, pipeline_parallel: int
+) -> None:
     scheme, product, allowed = ENGINE[algorithm]
     skip_without_kernels(device, scheme)
-    source = known(scheme, "compressed-tensors")
-    ranks = engine_checkpoint(source, tmp_path, tensor_parallel, pipeline_parallel)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization"]["quant_algo"] == algorithm
+    ranks = engine_checkpoint(source, out, tensor_parallel, pipeline_parallel)
+    assert json.loads((out / "config.json").read_text())["quantization"]["quant_algo"] == algorithm
     each, found = 2 // pipeline_parallel, {}
     for rank, tensors in enumerate(ranks):
         stage, part = divmod(rank, tensor_parallel)

@@ -294,17 +294,15 @@ class _Reader:
         value = entry.value
         self.origins["model"] = self._place(entry)
         if not value or any(mark in value for mark in ("{{", "<", "${")):
-            raise self._error(
-                entry, f"is a place holder: `{value}`", hint="fill it in: a folder, or `ORG/NAME` of the hub"
-            )
+            self._note(entry, "a place holder: `--set model=...` fills it in")
+            return None
         if value.startswith("s3://"):
             uri = value if value.endswith("/") else f"{value}/"
             self._note(entry, f"has to be fetched first: `aws s3 sync {uri} MODEL`, then `--set model=MODEL`")
             return value
         if value.startswith("djl://"):
-            raise self._error(
-                entry, f"is of DJL's model zoo: `{value}`", hint="give a folder, or `ORG/NAME` of the hub"
-            )
+            self._note(entry, "of DJL's model zoo: `--set model=...` names a folder, or `ORG/NAME` of the hub")
+            return None
         beside = folder / value
         if beside.is_dir() or value.startswith("."):
             return str(beside)

@@ -62,14 +62,14 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
 
 
 def algorithm(source: Source) -> str | None:
-    """TensorRT-LLM's `quant_algo` of a checkpoint that `check` has passed; None where it is plain."""
+    """The `quant_algo` of a checkpoint that `check` passed, as its bundle will have it; None where it is plain."""
     from llmopt.formats.reading import linears
 
     if source.reader is None:
         return None
     schemes = [source.reader.scheme(prefix) for prefix in linears(source.config)]
-    names = {_algorithm(scheme) for scheme in schemes if scheme is not None}
-    return "MIXED_PRECISION" if len(names) > 1 else next(iter(names), None)
+    used = {replace(scheme, symmetric=True) for scheme in schemes if scheme is not None}
+    return _algorithm(used.pop()) if len(used) == 1 else "MIXED_PRECISION" if used else None
 
 
 def _open(model: Path, settings: Settings) -> Source:

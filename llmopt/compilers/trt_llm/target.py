@@ -63,7 +63,7 @@ class TensorRTLLM(Settings):
         report = validate.validate(out, record=True)
         return Outcome(
             status="prepared",
-            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.metrics()},
+            metrics={"runtime": "TensorRT-LLM", **facts(made), "validated": report.to_json()},
             events=events,
         )
 

@@ -7,22 +7,22 @@ may have come from anywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from llmopt.artifacts.outcome import Json
 from llmopt.compilers.inspection import (
     Checksums,
     Faults,
+    Report,
     Seen,
     compare,
-    look,
+    conclude,
+    look_at_all,
     read_json,
     read_tensors,
     stray_weights,
-    write_checksums,
 )
 from llmopt.compilers.model_check import check_model, check_tokenizer
 from llmopt.compilers.trt_llm.config import EngineConfig
@@ -31,26 +31,7 @@ from llmopt.errors import LlmoptError
 from llmopt.models.checkpoint import TensorInfo
 
 CHECKPOINT, MODEL = "checkpoint", "model"  # where each mode has its weights in an artifact
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """What was found in order. digests: how many of CHECKSUMS were compared; 0 where it has none."""
-
-    mode: str  # "engine" or "bundle"
-    ranks: int
-    tensors: int
-    bytes: int
-    digests: int
-
-    def metrics(self) -> dict[str, Json]:
-        return {
-            "mode": self.mode,
-            "ranks": self.ranks,
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "digests": self.digests,
-        }
+_ENGINE, _BUNDLE = "checkpoint of TensorRT-LLM", "bundle for TensorRT-LLM"
 
 
 def validate(folder: Path, *, record: bool = False) -> Report:
@@ -61,12 +42,14 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     if (folder / CHECKPOINT / "config.json").exists():
         return _engine(folder / CHECKPOINT, tokenizer=folder, record=record)
     if (folder / MODEL / "config.json").exists():
-        return _bundle(folder / MODEL, record=record)
+        return check_model(folder / MODEL, _BUNDLE, record=record)
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
         config = read_json(folder / "config.json", Faults()) or {}
         is_engine = is_engine or "mapping" in config
-        return _engine(folder, tokenizer=None, record=record) if is_engine else _bundle(folder, record=record)
+        if is_engine:
+            return _engine(folder, tokenizer=None, record=record)
+        return check_model(folder, _BUNDLE, record=record)
     raise LlmoptError(
         f"`{folder}` is nothing that was prepared for TensorRT-LLM",
         hint=f"give an artifact with `{CHECKPOINT}/` or `{MODEL}/`, or one of these folders itself",
@@ -85,27 +68,14 @@ def _engine(folder: Path, *, tokenizer: Path | None, record: bool) -> Report:
     for rank, file in zip(numbers, files, strict=True):
         if config is not None and tensors[file]:
             unfit[file] = compare(file, tensors[file], layout(config, rank), faults)
-    seen = _look(tensors, unfit, faults)
+    seen = look_at_all(tensors, unfit, faults)
     if config is not None:
         _check_ranks(config, seen, faults)
         for file, found in tensors.items():
             _check_kv_scales(file, found, seen[file], faults)
-    digests = 0 if sums is None else sums.compare(seen, faults)
     if tokenizer is not None:
         check_tokenizer(tokenizer, None if config is None else config.vocab_size, faults)
-    faults.check(folder, "checkpoint of TensorRT-LLM")
-    digests = write_checksums(folder, seen) if record else digests
-    return _report("engine", len(files), tensors, digests)
-
-
-def _look(
-    tensors: Mapping[str, Mapping[str, TensorInfo]], unfit: Mapping[str, set[str]], faults: Faults
-) -> dict[str, dict[str, Seen]]:
-    """The values of all tensors, by file; of those that do not fit one fault is enough."""
-    return {
-        file: {name: look(file, name, info, faults) for name, info in found.items() if name not in unfit.get(file, ())}
-        for file, found in tensors.items()
-    }
+    return conclude(folder, _ENGINE, tensors, seen, sums, faults, ranks=len(files), record=record)
 
 
 def _config(folder: Path, faults: Faults) -> EngineConfig | None:
@@ -160,20 +130,3 @@ def _check_distinct(name: str, found: Mapping[int, Seen], faults: Faults) -> Non
         owner = owners.setdefault(each.digest, rank)
         if owner != rank and not each.constant:
             faults.add(f"rank{rank}.safetensors", f"`{name}` is the part of rank {owner}")
-
-
-def _bundle(folder: Path, *, record: bool) -> Report:
-    """A checkpoint of Hugging Face, plain or ModelOpt's."""
-    faults = Faults()
-    sums = Checksums.read(folder, faults)
-    tensors, unfit = check_model(folder, faults)
-    seen = _look(tensors, dict.fromkeys(tensors, unfit), faults)
-    digests = 0 if sums is None else sums.compare(seen, faults)
-    faults.check(folder, "bundle for TensorRT-LLM")
-    digests = write_checksums(folder, seen) if record else digests
-    return _report("bundle", 1, tensors, digests)
-
-
-def _report(mode: str, ranks: int, tensors: Mapping[str, Mapping[str, TensorInfo]], digests: int) -> Report:
-    infos = [info for found in tensors.values() for info in found.values()]
-    return Report(mode=mode, ranks=ranks, tensors=len(infos), bytes=sum(info.size for info in infos), digests=digests)

@@ -252,11 +252,10 @@ def test_a_target_that_the_file_leaves_open_is_told(read: ReadText) -> None:
         ("option.rolling_batch=trtllm\noption.enable_kv_cache_reuse=1\n", "must be true or false, not `1`"),
         ("option.rolling_batch=trtllm\noption.kv_cache_free_gpu_mem_fraction=nan\n", "must be a number, not `nan`"),
         ("option.dtype=int3\n", "`option.dtype` cannot be `int3` here"),
-        ("option.rolling_batch=trtllm\noption.quantize=awq\noption.q_format=int2\n", "`option.q_format` cannot be `int2`"),
-        ("option.model_id={{s3url}}\n", "is a place holder: `{{s3url}}`"),
-        ("option.model_id=<your model id>\n", "is a place holder"),
-        ("option.model_id=djl://ai.djl/x\n", "is of DJL's model zoo"),
-        ("option.model_id\n", "is a place holder: ``"),
+        (
+            "option.rolling_batch=trtllm\noption.quantize=awq\noption.q_format=int2\n",
+            "`option.q_format` cannot be `int2`",
+        ),
         ("option.x=\\u12\n", "malformed \\uxxxx encoding"),
         ("option.dtype=fp16\noption.dtype=bf16\n", "`option.dtype` is given twice"),
     ],
@@ -312,6 +311,16 @@ def test_a_model_on_s3_is_told_how_to_fetch(read: ReadText) -> None:
     found = read("option.rolling_batch=vllm\noption.model_id=s3://bucket/llama\n")
     assert found.profile.model == "s3://bucket/llama"
     assert "`aws s3 sync s3://bucket/llama/ MODEL`, then `--set model=MODEL`" in found.notes[-1]
+
+
+@pytest.mark.parametrize("model", ["{{s3url}}", "<your model id>", "", "${MODEL}", "djl://ai.djl/x"])
+def test_a_model_that_is_none_is_told_and_can_be_given(read: ReadText, tmp_path: Path, model: str) -> None:
+    found = read(f"option.rolling_batch=trtllm\noption.model_id={model}\n")
+    assert found.profile.model is None
+    assert "`--set model=...`" in found.notes[-1]
+    assert plan.load(str(tmp_path / "serving.properties"), ["model=org/name"]).model == "org/name"
+    with pytest.raises(SettingsError, match="names no model"):
+        plan.load(str(tmp_path / "serving.properties"))
 
 
 def test_a_model_beside_the_file_is_found(read: ReadText, tmp_path: Path) -> None:

@@ -142,11 +142,11 @@ def test_a_checkpoint_in_order_passes(name: str, tmp_path: Path) -> None:
     config = LAYOUTS[name]
     folder = write(tmp_path, config.to_json(), tensors_of(config))
     report = validate(folder)
-    assert (report.mode, report.ranks, report.digests) == ("engine", config.ranks, 0)
+    assert (report.what, report.ranks, report.digests) == ("checkpoint of TensorRT-LLM", config.ranks, 0)
     assert report.tensors == sum(len(layout(config, rank)) for rank in range(config.ranks))
     validate(folder, record=True)
     assert validate(folder).digests == report.tensors + 1
-    assert validate(folder).metrics()["bytes"] == report.bytes > 0
+    assert validate(folder).to_json()["bytes"] == report.bytes > 0
 
 
 Mutation = Callable[[torch.Tensor], torch.Tensor | None]
@@ -412,7 +412,7 @@ def test_an_artifact_needs_a_tokenizer_that_fits(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 96}}}))
     assert "tokenizer.json: has the id 96 where the embedding has 96 rows" in faults(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 95}}}))
-    assert validate(tmp_path).mode == "engine"
+    assert validate(tmp_path).ranks == 1
 
 
 def test_what_is_no_checkpoint_is_told_apart_from_a_broken_one(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def copied(bundles: Callable[[str], Path], tmp_path: Path) -> Callable[[str], tu
 def test_a_bundle_in_order_passes(copied: Any, name: str) -> None:
     folder, tensors = copied(name)
     report = validate(folder)
-    assert (report.mode, report.tensors, report.digests) == ("bundle", len(tensors), 0)
+    assert (report.what, report.tensors, report.digests) == ("bundle for TensorRT-LLM", len(tensors), 0)
     validate(folder, record=True)
     assert validate(folder).digests > report.tensors
 
@@ -245,7 +245,7 @@ def test_files_that_disagree_are_found(
 def test_a_missing_quantization_config_is_found(copied: Any) -> None:
     folder, _ = copied("fp8")
     (folder / QUANTIZATION).unlink()
-    assert f"{QUANTIZATION}: is missing, which TensorRT-LLM reads" in faults(folder)
+    assert f"{QUANTIZATION}: is missing, where TensorRT-LLM looks" in faults(folder)
 
 
 def test_any_edit_is_found_by_the_digest_of_the_file(copied: Any) -> None:
