@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import yaml
-from deployments import BUNDLE, CASES, ENGINE, VLLM
+from deployments import BUNDLE, ENGINE, VLLM
 
 from llmopt.compilers.deploy import kubernetes
 from llmopt.compilers.deploy.base import Deployment
+
+CASES: Mapping[str, Deployment] = {"engine": ENGINE, "bundle": BUNDLE, "vllm": VLLM}
 
 
 def objects(deployment: Deployment) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def test_the_artifact_is_fetched_before_the_server_starts() -> None:
 
 def test_tensorrt_llm_is_started_by_the_artifacts_own_script() -> None:
     assert server(ENGINE)["command"] == ["bash", "/artifact/serve.sh", "--host", "0.0.0.0"]
-    assert server(ENGINE)["image"] == "nvcr.io/nvidia/tensorrt-llm/release:0.21.0"
+    assert server(ENGINE)["image"] == "nvcr.io/nvidia/tensorrt-llm/release:0.21.0rc1"
 
 
 def test_vllm_is_told_everything_on_its_command_line() -> None:

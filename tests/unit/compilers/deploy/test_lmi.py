@@ -67,13 +67,13 @@ def test_lmis_vllm_handler_takes_no_pipeline_stages() -> None:
 
 def test_a_tensorrt_llm_that_no_container_has_is_refused_with_the_ways_out() -> None:
     error = refused(BUNDLE)
-    assert error.message == "no LMI container has TensorRT-LLM 1.2.1: the last has 0.21.0"
+    assert error.message == "no LMI container has TensorRT-LLM 1.2.1: the last has 0.21.0rc1"
     assert error.hint is not None
-    assert all(way in error.hint for way in ("version: 0.21.0", "mode: engine", "target `vllm`", "compile.image"))
+    assert all(way in error.hint for way in ("version: 0.21.0rc1", "mode: engine", "target `vllm`", "compile.image"))
 
 
 def test_lmis_container_serves_engines_not_bundles() -> None:
-    assert "serves engines, not a bundle" in refused(dataclasses.replace(BUNDLE, version="0.21.0")).message
+    assert "serves engines, not a bundle" in refused(dataclasses.replace(BUNDLE, version="0.21.0rc1")).message
 
 
 def test_a_container_of_the_users_may_hold_anything() -> None:

@@ -82,7 +82,7 @@ def test_a_users_file_is_quantized_and_compiled_here(read: ReadText) -> None:
     }
     assert section(found, "compile") == {
         "target": "tensorrt-llm",
-        "version": "0.21.0",
+        "version": "0.21.0rc1",
         "mode": "engine",
         "emit": ["lmi"],
         "tensor_parallel": 4,

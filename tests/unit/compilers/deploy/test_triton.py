@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Lay, Run
-from deployments import BUNDLE, ENGINE, VLLM
+from deployments import BUNDLE, VLLM
+from deployments import NEWER_ENGINE as ENGINE
 
 from llmopt.compilers.deploy import images, triton
 from llmopt.errors import SettingsError

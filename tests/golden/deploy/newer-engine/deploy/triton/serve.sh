@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Serve with Triton, inside nvcr.io/nvidia/tritonserver:25.08-trtllm-python-py3
-# (TensorRT-LLM 0.21.0), which is started on a machine with GPUs as in
-#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -p 8000:8000 -v ARTIFACT:/artifact nvcr.io/nvidia/tritonserver:25.08-trtllm-python-py3 \
+# Serve with Triton, inside nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
+# (TensorRT-LLM 1.2.1), which is started on a machine with GPUs as in
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -p 8000:8000 -v ARTIFACT:/artifact nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3 \
 #     bash /artifact/deploy/triton/serve.sh
 # HTTP on port 8000; ready when GET /v2/health/ready answers 200.
 set -euo pipefail
