@@ -34,7 +34,7 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
     assert isinstance(size, int)
     lines = {
         "prepared": f"{said['mode']} for {runtime}, not compiled: {probed['found']}",
-        "weights": f"{said['quant_algo'] or said['dtype']}, {checked['tensors']} tensors, {byte_size(size)}, "
+        "weights": f"{said.get('quant_algo') or said.get('quantization') or said['dtype']}, {checked['tensors']} tensors, {byte_size(size)}, "
         + ("1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"),
         "validated": "names, shapes, dtypes, completeness, ranks, scales, and every digest",
         "needs": f"{needs}, {runtime}",

@@ -18,7 +18,7 @@ import numpy as np
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import CorruptError, LlmoptError
 from llmopt.formats.base import Part
-from llmopt.models.checkpoint import FLOATS, STORAGE, TensorInfo, bfloat16_to_float32, read_header
+from llmopt.models.checkpoint import STORAGE, TensorInfo, read_header
 
 #: Digests of every tensor and of the small files beside, written when a checkpoint is prepared. They tell what no rule
 #: can: two tensors of one shape that changed places, between ranks or modules, and a number of config.json.
@@ -37,6 +37,15 @@ SCALES = frozenset(
         "weight_scale", "weight_scale_inv", "input_scale", "pre_quant_scale", "k_scale", "v_scale", "scales",
     }
 )  # fmt: skip
+
+
+#: Of each float: an unsigned integer of its size, and the bits of its exponent, all set where it is no number.
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], Any]] = {
+    "F64": (np.uint64, np.uint64(0x7FF << 52)),
+    "F32": (np.uint32, np.uint32(0xFF << 23)),
+    "F16": (np.uint16, np.uint16(0x1F << 10)),
+    "BF16": (np.uint16, np.uint16(0xFF << 7)),
+}
 
 
 @dataclass(slots=True)
@@ -157,6 +166,7 @@ def compare(where: str, found: Mapping[str, TensorInfo], expected: Mapping[str, 
 def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
     """Read a tensor once, a piece at a time: values that are no numbers, and scales of zero or less, are faults."""
     digest, positive = sha256(), name.rpartition(".")[2] in SCALES
+    width = np.dtype(STORAGE[info.dtype]).itemsize
     wrong: Counter[str] = Counter()
     first, constant = b"", True
     with info.file.open("rb", buffering=0) as stream:
@@ -164,12 +174,11 @@ def look(where: str, name: str, info: TensorInfo, faults: Faults) -> Seen:
         left = info.size
         while left:
             data = stream.read(min(left, _CHUNK))
-            if not data:
+            if not data or len(data) % width:
                 faults.add(where, f"`{name}` ends before its last byte")
                 break
             left -= len(data)
             digest.update(data)
-            width = np.dtype(STORAGE[info.dtype]).itemsize
             first = first or data[:width]
             constant = constant and data == first * (len(data) // width)
             wrong.update(_wrong(np.frombuffer(data, STORAGE[info.dtype]), info.dtype, positive=positive))
@@ -189,16 +198,20 @@ def look_at_all(
     }
 
 
-def _wrong(stored: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
-    """Counts of values that cannot be meant."""
+def _wrong(bits: np.ndarray, dtype: str, *, positive: bool) -> dict[str, int]:
+    """Counts of values that cannot be meant, from their bits."""
     if dtype == "F8_E4M3":
-        return {"NaN": int(((stored & 0x7F) == 0x7F).sum())}
-    if dtype not in FLOATS:
+        return {"NaN": int(np.count_nonzero((bits & np.uint8(0x7F)) == np.uint8(0x7F)))}
+    if dtype not in _EXPONENTS:
         return {}
-    values = bfloat16_to_float32(stored) if dtype == "BF16" else stored
-    finite = np.isfinite(values)
-    counts = {"not finite": int(values.size - finite.sum())}
-    return counts | ({"zero or less": int((values[finite] <= 0).sum())} if positive else {})
+    unsigned, exponent = _EXPONENTS[dtype]
+    bits = bits.view(unsigned)
+    unusable = (bits & exponent) == exponent  # infinite or NaN
+    counts = {"not finite": int(np.count_nonzero(unusable))}
+    if positive:
+        sign = unsigned(1) << unsigned(bits.itemsize * 8 - 1)
+        counts["zero or less"] = int(np.count_nonzero(~unusable & ((bits >= sign) | (bits == 0))))
+    return counts
 
 
 def write_checksums(folder: Path, seen: Mapping[str, Mapping[str, Seen]]) -> int:

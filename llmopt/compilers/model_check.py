@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from llmopt.compilers.hub_model import TOKENIZERS
 from llmopt.compilers.inspection import (
     Checksums,
     Faults,
@@ -32,14 +33,15 @@ from llmopt.models.facts import Facts
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _QUANTIZATION = "hf_quant_config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: What old checkpoints carry along and every runtime computes itself.
 _IGNORED = ("rotary_emb.inv_freq", "attention.masked_bias", "attention.bias")
 
 
-def check_model(folder: Path, what: str, *, record: bool = False) -> Report:
+def check_model(folder: Path, what: str, *, tensorrt: bool = False, record: bool = False) -> Report:
     """Every file and every value of a checkpoint; `what` it is in words. `record` writes CHECKSUMS.
+
+    tensorrt: whether it also has to have what TensorRT-LLM asks for and others do not.
 
     Raises CorruptError that lists the faults.
     """
@@ -49,11 +51,13 @@ def check_model(folder: Path, what: str, *, record: bool = False) -> Report:
     if values is not None:
         beside = read_json(folder / _QUANTIZATION, faults) if (folder / _QUANTIZATION).exists() else None
         own = values.get("quantization_config")
-        _check_quantization(own, beside, faults)
+        if tensorrt and beside is None and own is not None and own.get("quant_method") == "modelopt":
+            faults.add(_QUANTIZATION, "is missing, where TensorRT-LLM looks")
         if beside is not None:
+            _check_quantization(own, beside, faults)
             values["quantization_config"] = {"quant_method": "modelopt", **(own or {}), **beside}
         found = {name: info for each in tensors.values() for name, info in each.items()}
-        vocabulary, unfit = _check_tensors(Checkpoint(folder, values, found), faults)
+        vocabulary, unfit = _check_tensors(Checkpoint(folder, values, found), faults, tensorrt=tensorrt)
     check_tokenizer(folder, vocabulary, faults)
     seen = look_at_all(tensors, dict.fromkeys(tensors, unfit), faults)
     return conclude(folder, what, tensors, seen, sums, faults, record=record)
@@ -115,12 +119,8 @@ def _read_files(folder: Path, faults: Faults) -> dict[str, dict[str, TensorInfo]
     return tensors
 
 
-def _check_quantization(own: Mapping[str, Any] | None, beside: Mapping[str, Any] | None, faults: Faults) -> None:
+def _check_quantization(own: Mapping[str, Any] | None, beside: Mapping[str, Any], faults: Faults) -> None:
     """config.json and hf_quant_config.json of ModelOpt: one is what vLLM reads, the other what TensorRT-LLM does."""
-    if beside is None:
-        if own is not None and own.get("quant_method") == "modelopt":
-            faults.add(_QUANTIZATION, "is missing, where TensorRT-LLM looks")
-        return
     said = beside.get("quantization")
     if not isinstance(said, Mapping):
         faults.add(_QUANTIZATION, "has no `quantization`")
@@ -142,7 +142,7 @@ def _names(modules: list[str] | None) -> list[str]:
     return sorted(modules or ())
 
 
-def _check_tensors(checkpoint: Checkpoint, faults: Faults) -> tuple[int | None, set[str]]:
+def _check_tensors(checkpoint: Checkpoint, faults: Faults, *, tensorrt: bool) -> tuple[int | None, set[str]]:
     """Names, dtypes and shapes; returns the embedding's rows (None: config.json is unfit) and what does not fit."""
     try:
         config, reader = DecoderConfig.parse(checkpoint), open_quantized(checkpoint)
@@ -150,6 +150,8 @@ def _check_tensors(checkpoint: Checkpoint, faults: Faults) -> tuple[int | None, 
         expected = _layout(checkpoint, config, reader, dtype)
         if reader is not None:
             _check_excluded(config, reader, faults)
+            if tensorrt:
+                _check_smooth(config, reader, faults)
     except LlmoptError as error:
         faults.add("config.json", error.message.removeprefix("config.json "))
         return None, set()
@@ -242,6 +244,10 @@ def _check_excluded(config: DecoderConfig, reader: QuantizedReader, faults: Faul
         if plain is not None and (plain.dtype in FLOATS) == listed:
             is_so, other = ("is plain", "quantized") if listed else (f"is {plain.dtype}", "plain")
             faults.add("weights", f"`{prefix}.weight` {is_so} where {_QUANTIZATION} has it {other}")
+
+
+def _check_smooth(config: DecoderConfig, reader: QuantizedReader, faults: Faults) -> None:
+    """`pre_quant_scale` of 4-bit linears: in each that is not fused with others, and in all of those or in none."""
     for index in range(config.layers):
         for site in config.sites(index):
             prefixes = [f"{config.block(index)}.{name}" for name in site.linears]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from llmopt.bench.metrics.figures import compact
 from llmopt.planner.hardware import Hardware
 from llmopt.planner.machine import machine
 from llmopt.planner.precision import find
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 REQUESTS = int(os.environ.get("LLMOPT_PLAN_REQUESTS", "48"))
 CLIENTS = (1, 4, 16)
-FIGURES = ("tokens_per_s", "ttft_ms", "tpot_ms")
+FIGURES = ("tokens_per_s", "ttft_ms_p50", "tpot_ms_p50")
 PROMPT, OUTPUT = 128, 64
 #: 141M parameters in the blocks: past a cache of 32 MB even at 4 bits.
 SIZES = {
@@ -50,19 +51,13 @@ def llmopt(store: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def measured(store: Path, engine: str) -> dict[str, dict[str, float]]:
+def measured(store: Path, engine: str) -> dict[str, dict[str, Any]]:
     """The figures of each level of a closed loop with prompts and answers of exact length."""
     level = ("--concurrency", ",".join(map(str, CLIENTS)), "--requests", REQUESTS, "--rounds", 1, "--warmup", 2)
     lengths = ("--prompt-tokens", PROMPT, "--output-tokens", OUTPUT)
     report = llmopt(store, "bench", engine, *level, *lengths)
     found = json.loads((Path(report["path"]) / "report.json").read_text())["results"]["candidate"]
-    return {name: {key: figure(level, key) for key in FIGURES} for name, level in found.items()}
-
-
-def figure(level: dict[str, Any], name: str) -> float:
-    """A rate as it is, a median of times in milliseconds."""
-    value = level.get(name)
-    return float(value if isinstance(value, int | float) else level[f"{name}_p50"])
+    return {name: compact(level) for name, level in found.items()}
 
 
 def faster(one: Hardware, other: Hardware) -> Hardware:

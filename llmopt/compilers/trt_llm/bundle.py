@@ -7,15 +7,15 @@ docs/source/models/supported-models.md (1.0.0 to 1.3.0rc15), the linears of tens
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts.outcome import Progress
+from llmopt.compilers.hub_model import check_split, check_tokenizer_files, copy_model
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.models.companions import copy_companions, read_json
+from llmopt.models.companions import read_json
 
 if TYPE_CHECKING:
     from llmopt.formats.reading import Source
@@ -28,7 +28,6 @@ FAMILIES = ("gemma3_text", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen
 LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16")
 LOADED_EXPERTS = ("FP8", "W8A16")
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _QUANTIZATION = "hf_quant_config.json"
 _DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
@@ -37,7 +36,7 @@ def check(model: Path, settings: Settings) -> None:
     """Raise LlmoptError for what `trtllm-serve` would not load, or could not split; reads headers and scales."""
     source = _open(model, settings)
     _check_quantization(source)
-    _check_split(source, settings)
+    check_split(source, settings.tensor_parallel, settings.pipeline_parallel)
 
 
 def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tuple[str, ...]:
@@ -53,7 +52,7 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
     if _is_converted(source):
         convert(model, "modelopt", out, progress)
     else:
-        _copy(source, out, progress)
+        copy_model(source.checkpoint, out, progress)
     write_json(out / "config.json", _older_names(read_json(out / "config.json")))
     said = read_json(out / _QUANTIZATION).get("quantization", {})
     if said.get("quant_algo") == "MIXED_PRECISION":
@@ -83,10 +82,7 @@ def _open(model: Path, settings: Settings) -> Source:
             f"TensorRT-LLM's PyTorch backend has no model of the type `{name}`",
             hint="it has " + ", ".join(f"`{each}`" for each in FAMILIES) + "; `--target vllm` may serve this one",
         )
-    if not any((model / file).is_file() for file in TOKENIZERS):
-        raise LlmoptError(
-            f"no tokenizer in `{model}`", hint="copy tokenizer.json and tokenizer_config.json beside the weights"
-        )
+    check_tokenizer_files(model)
     if dtype not in _DTYPES.values():
         raise LlmoptError(
             f"a bundle serves the checkpoint in its own dtype, and `{dtype}` is none that TensorRT-LLM computes in",
@@ -166,53 +162,6 @@ def _check_algorithm(prefix: str, name: str) -> None:
             f"`{prefix}` is `{name}`, which TensorRT-LLM has no kernel for in experts",
             hint="quantize to FP8 (`--method fp8`), or serve with `--target vllm`",
         )
-
-
-def _check_split(source: Source, settings: Settings) -> None:
-    """LlmoptError for sizes that tensor or pipeline parallelism does not divide."""
-    config, reader, ranks = source.config, source.reader, settings.tensor_parallel
-    for what, size in {"attention heads": config.heads, "intermediate features": config.intermediate_size}.items():
-        if size % ranks:
-            raise LlmoptError(f"{size} {what} cannot be split over {ranks} GPUs", hint=f"`--tp` must divide {size}")
-    if config.kv_heads % ranks and ranks % config.kv_heads:
-        raise LlmoptError(
-            f"{config.kv_heads} KV heads can neither be split over {ranks} GPUs nor repeated on them",
-            hint=f"`--tp` must divide {config.kv_heads} or be a multiple of it",
-        )
-    if settings.pipeline_parallel > config.layers:
-        raise LlmoptError(
-            f"{config.layers} blocks cannot be split over {settings.pipeline_parallel} GPUs",
-            hint="use a smaller `--pp`",
-        )
-    if reader is None:
-        return
-    for index in range(config.layers):
-        rows = [name for site in config.sites(index) if site.role in ("o", "down") for name in site.linears]
-        for name in rows:
-            prefix, features = f"{config.block(index)}.{name}", config.linear_shapes(index)[name][1] // ranks
-            scheme = reader.scheme(prefix)
-            if scheme is not None and scheme.group_size > 0 and features % scheme.group_size:
-                raise LlmoptError(
-                    f"`{prefix}` has {features} in-features on each of {ranks} GPUs, "
-                    f"which groups of {scheme.group_size} do not divide",
-                    hint="a smaller `--tp`, or quantize with a smaller `--group-size`",
-                )
-
-
-def _copy(source: Source, out: Path, progress: Progress) -> None:
-    """The checkpoint's own files and nothing else: TensorRT-LLM loads every *.safetensors that it finds."""
-    path = source.checkpoint.path
-    weights = sorted({info.file for info in source.checkpoint.tensors.values()})
-    for number, file in enumerate(weights, 1):
-        shutil.copyfile(file, out / file.name)
-        progress(f"copied {file.name}", done=number, total=len(weights))
-    names = ["config.json", _QUANTIZATION]
-    if not (path / "model.safetensors").is_file():
-        names.append("model.safetensors.index.json")
-    for name in names:
-        if (path / name).is_file():
-            shutil.copyfile(path / name, out / name)
-    copy_companions(path, out)
 
 
 def _older_names(config: dict[str, Any]) -> dict[str, Any]:

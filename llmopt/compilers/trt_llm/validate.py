@@ -42,14 +42,14 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     if (folder / CHECKPOINT / "config.json").exists():
         return _engine(folder / CHECKPOINT, tokenizer=folder, record=record)
     if (folder / MODEL / "config.json").exists():
-        return check_model(folder / MODEL, _BUNDLE, record=record)
+        return check_model(folder / MODEL, _BUNDLE, tensorrt=True, record=record)
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
         config = read_json(folder / "config.json", Faults()) or {}
         is_engine = is_engine or "mapping" in config
         if is_engine:
             return _engine(folder, tokenizer=None, record=record)
-        return check_model(folder, _BUNDLE, record=record)
+        return check_model(folder, _BUNDLE, tensorrt=True, record=record)
     raise LlmoptError(
         f"`{folder}` is nothing that was prepared for TensorRT-LLM",
         hint=f"give an artifact with `{CHECKPOINT}/` or `{MODEL}/`, or one of these folders itself",
