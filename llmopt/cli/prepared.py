@@ -30,12 +30,12 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
     runtime = f"{said['runtime']} {said['version']}"
     needs = f"{said['gpus']} GPU{'' if said['gpus'] == 1 else 's'}"
     needs += f" of {said['architecture']} ({said['gpu']})" if said.get("architecture") else ""
-    size = checked["bytes"]
+    size, numbers = checked["bytes"], said.get("quant_algo") or said.get("quantization") or said["dtype"]
+    ranks = "1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"
     assert isinstance(size, int)
     lines = {
         "prepared": f"{said['mode']} for {runtime}, not compiled: {probed['found']}",
-        "weights": f"{said['quant_algo'] or said['dtype']}, {checked['tensors']} tensors, {byte_size(size)}, "
-        + ("1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"),
+        "weights": f"{numbers}, {checked['tensors']} tensors, {byte_size(size)}, {ranks}",
         "validated": "names, shapes, dtypes, completeness, ranks, scales, and every digest",
         "needs": f"{needs}, {runtime}",
         "next": str(more["next"]),

@@ -6,6 +6,7 @@ before a target is named, and a target imports its backend only when it compiles
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +33,25 @@ def resolve(settings: Mapping[str, Any]) -> Target:
     name = str(settings.get("target", DEFAULT_TARGET))
     if name not in TARGETS:
         raise SettingsError(f"unknown target `{name}`", hint=nearest(name, TARGETS))
-    module, attribute = TARGETS[name].split(":")
-    found: Target = build(getattr(importlib.import_module(module), attribute), settings, where="compile")
+    target = _load(name)
+    for key in settings.keys() - _fields(target):
+        others = [f"`{other}`" for other in TARGETS if key in _fields(_load(other))]
+        if others:
+            raise SettingsError(
+                f"the target `{name}` has no setting `{key}`", hint=f"it is one of `--target` {' or '.join(others)}"
+            )
+    found: Target = build(target, settings, where="compile")
     return found
+
+
+def _load(name: str) -> type[Any]:
+    module, attribute = TARGETS[name].split(":")
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def _fields(target: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(target)}
 
 
 def deps(settings: Target) -> tuple[str, ...]:

@@ -252,6 +252,9 @@ PLANNED: Mapping[str, Family] = {
             experts=_experts(),
         ),
         Family(
+            model_type="gemma", architecture="GemmaForCausalLM", defaults={"head_dim": 256, "tie_word_embeddings": True}
+        ),
+        Family(
             model_type="llama4_text",
             architecture="Llama4ForCausalLM",
             qkv_bias="attention_bias",
@@ -345,6 +348,7 @@ def _facts(values: Mapping[str, Any]) -> tuple[Facts, bool]:
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
+        gated=values.get("hidden_act", "silu") in ("silu", "swish"),  # others have had no gate, Gemma's aside
         windows="pattern" if values.get("layer_types") else "all" if values.get("sliding_window") else "never",
         window_flag="use_sliding_window" if "use_sliding_window" in values else None,
         experts=_experts() if experts > 1 else None,
@@ -495,7 +499,7 @@ def _mixture(facts: Facts, hidden: int) -> tuple[tuple[Linear, ...], int]:
     plain = count * hidden  # the router
     if family.model_type == "qwen2_moe":
         plain += hidden  # the shared expert's gate
-    if values.get("topk_method") == "noaux_tc" or family.model_type == "glm4_moe":
+    if values.get("topk_method") == "noaux_tc" or family.model_type in ("deepseek_v3", "kimi_k2", "glm4_moe"):
         plain += count  # corrects the scores
     if family.model_type == "gpt_oss":
         plain += count * (1 + 2 * width + hidden)  # biases of the router and the experts

@@ -10,13 +10,16 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llmopt.bench.metrics.figures import compact
 from llmopt.planner.hardware import Hardware
 from llmopt.planner.machine import machine
 from llmopt.planner.precision import find
@@ -27,7 +30,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
 REQUESTS = int(os.environ.get("LLMOPT_PLAN_REQUESTS", "48"))
 CLIENTS = (1, 4, 16)
-FIGURES = ("tokens_per_s", "ttft_ms", "tpot_ms")
+FIGURES = ("tokens_per_s", "ttft_ms_p50", "tpot_ms_p50")
 PROMPT, OUTPUT = 128, 64
 #: 141M parameters in the blocks: past a cache of 32 MB even at 4 bits.
 SIZES = {
@@ -50,19 +53,22 @@ def llmopt(store: Path, *arguments: object) -> dict[str, Any]:
     return found
 
 
-def measured(store: Path, engine: str) -> dict[str, dict[str, float]]:
+def measured(store: Path, engine: str) -> dict[str, dict[str, Any]]:
     """The figures of each level of a closed loop with prompts and answers of exact length."""
     level = ("--concurrency", ",".join(map(str, CLIENTS)), "--requests", REQUESTS, "--rounds", 1, "--warmup", 2)
     lengths = ("--prompt-tokens", PROMPT, "--output-tokens", OUTPUT)
     report = llmopt(store, "bench", engine, *level, *lengths)
     found = json.loads((Path(report["path"]) / "report.json").read_text())["results"]["candidate"]
-    return {name: {key: figure(level, key) for key in FIGURES} for name, level in found.items()}
+    return {name: compact(level) for name, level in found.items()}
 
 
-def figure(level: dict[str, Any], name: str) -> float:
-    """A rate as it is, a median of times in milliseconds."""
-    value = level.get(name)
-    return float(value if isinstance(value, int | float) else level[f"{name}_p50"])
+def share_had() -> float:
+    """The part of this machine's cores that a process which wants them all gets for a second."""
+    square = np.ones((1024, 1024), np.float32)
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() < wall + 1:
+        square @ square
+    return (time.process_time() - cpu) / (time.perf_counter() - wall) / len(os.sched_getaffinity(0))
 
 
 def faster(one: Hardware, other: Hardware) -> Hardware:
@@ -72,7 +78,9 @@ def faster(one: Hardware, other: Hardware) -> Hardware:
 
 
 def test_predictions_for_the_cpu_engine(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
-    """Within a factor of two in the geometric mean of the rates; on a machine with nothing else to do."""
+    """Within a factor of two in the geometric mean of the rates."""
+    if (share := share_had()) < 0.85:
+        pytest.skip(f"other processes take {1 - share:.0%} of this machine: run it when it has nothing else to do")
     model, store = make_checkpoint("llama", **SIZES), tmp_path / "store"
     shape, workload = read(str(model)), Workload(prompt_tokens=PROMPT, output_tokens=OUTPUT)
     print(f"\n{shape.parameters / 1e6:.0f}M parameters, {PROMPT} tokens in, {OUTPUT} out")

@@ -42,10 +42,11 @@ class Deployment:
     name: of the model as clients ask for it, a DNS label. model: the folder that the server is given, with the
     tokenizer in it, relative to the artifact's folder ("model" for a bundle, "engine" for engines that `build.sh`
     makes). url: where the artifact will lie (`s3://bucket/prefix`), None where the user has not said. quantization:
-    TensorRT-LLM's `quant_algo`, or vLLM's `--quantization`, None where plain. gpu_memory_fraction: for the KV cache, of
-    what is free once the model is loaded (TensorRT-LLM), or for everything, of all there is (vLLM). block_reuse and
-    chunked_prefill: None is the runtime's own default. image: the user's container in place of the table's. lmi:
-    properties of LMI beyond what the rest says. serve: flags of the runtime beyond those named here.
+    TensorRT-LLM's `quant_algo`, or vLLM's `--quantization`, None where plain; kv_cache: "fp8" or "int8", None where
+    plain. gpu_memory_fraction: for the KV cache, of what is free once the model is loaded (TensorRT-LLM), or for
+    everything, of all there is (vLLM). block_reuse and chunked_prefill: None is the runtime's own default. image: the
+    user's container in place of the table's. lmi: properties of LMI beyond what the rest says. serve: flags of the
+    runtime beyond those named here.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Deployment:
             quantization=quantization,
             architecture=architecture,
             serve=serve,
-            **({"kv_cache": kv_cache} | values | named),
+            **({"kv_cache": None if kv_cache is None else kv_cache.lower()} | values | named),
         )
 
     @property
@@ -163,8 +164,8 @@ def check_instance(deployment: Deployment) -> None:
     needed = deployment.architecture
     if needed is not None and found.architecture != needed:
         raise SettingsError(
-            f"`compile.instance: {deployment.instance}` has GPUs of {found.architecture}, and the engine is"
-            f" for {needed}",
+            f"`compile.instance: {deployment.instance}` has GPUs of {found.architecture}, and what is"
+            f" compiled is for {needed}",
             hint="engines run on the architecture they were built on: change `gpu` or `instance`",
         )
 

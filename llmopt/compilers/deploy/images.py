@@ -20,10 +20,10 @@ class Image:
     holds: str
 
 
-#: LMI's `djl-inference`, by the version of TensorRT-LLM. It is the last one; what lies in it is said by djl-serving's
-#: release notes for 0.33.0 and by aws/deep-learning-containers, docs/src/data/djl-inference/0.33-tensorrtllm0.21.0.
+#: LMI's `djl-inference`, by the version of TensorRT-LLM. It is the last one; its tag says 0.21.0, and djl-serving's
+#: release notes and Dockerfile for 0.33.0 say that 0.21.0rc1 lies in it, whose engines 0.21.0 does not load.
 LMI_TENSORRT_LLM: Mapping[str, Image] = {
-    "0.21.0": Image("djl-inference:0.33.0-tensorrtllm0.21.0-cu128", "TensorRT-LLM 0.21.0rc1"),
+    "0.21.0rc1": Image("djl-inference:0.33.0-tensorrtllm0.21.0-cu128", "TensorRT-LLM 0.21.0rc1"),
 }
 #: The same by the version of vLLM, oldest first: aws/deep-learning-containers, docs/src/data/djl-inference/*.yml.
 LMI_VLLM: Mapping[str, Image] = {
@@ -59,7 +59,9 @@ def lmi(deployment: Deployment) -> Image:
     if deployment.image is not None:
         return Image(deployment.image, "what its owner says")
     if deployment.runtime == "vllm":
-        return LMI_VLLM.get(deployment.version, [*LMI_VLLM.values()][-1])
+        newest = [*LMI_VLLM.values()][-1]
+        other = Image(newest.tag, f"{newest.holds}, the newest; this was prepared for {deployment.version}")
+        return LMI_VLLM.get(deployment.version, other)
     if deployment.version not in LMI_TENSORRT_LLM:
         known = ", ".join(LMI_TENSORRT_LLM)
         raise SettingsError(

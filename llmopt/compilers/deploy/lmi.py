@@ -135,7 +135,7 @@ def _sizes_vllm(deployment: Deployment) -> dict[str, Json]:
         "option.max_rolling_batch_size": deployment.max_batch_size,
         "option.max_model_len": deployment.max_seq_len,
         "option.max_rolling_batch_prefill_tokens": deployment.max_num_tokens,
-        "option.kv_cache_dtype": deployment.kv_cache if deployment.kv_cache not in (None, "none") else None,
+        "option.kv_cache_dtype": deployment.kv_cache if deployment.kv_cache not in (None, "none", "auto") else None,
         "option.gpu_memory_utilization": deployment.gpu_memory_fraction,
         "option.enable_prefix_caching": deployment.block_reuse,
         "option.enable_chunked_prefill": deployment.chunked_prefill,

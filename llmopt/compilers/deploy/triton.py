@@ -56,12 +56,13 @@ fi
 
 # fill MODEL KEY:VALUE...: those that the template of this version has.
 fill() {{
-  local config="$repository/$1/config.pbtxt" pair
+  local config="$repository/$1/config.pbtxt" pair found=()
   for pair in "${{@:2}}"; do
     if grep -qF "\\${{${{pair%%:*}}}}" "$config"; then
-      python3 "${{FILL_TEMPLATE:-/app/tools/fill_template.py}}" -i "$config" "$pair"
+      found+=("$pair")
     fi
   done
+  python3 "${{FILL_TEMPLATE:-/app/tools/fill_template.py}}" -i "$config" "$(IFS=,; echo "${{found[*]}}")"
 }}
 
 {fills}

@@ -32,6 +32,8 @@ from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, Settin
 TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
 _PREPARED, _OUT = "/llmopt/prepared", "/llmopt/out"  # in a container
+#: So that output comes as it is written, and that nothing is reported to a server (tensorrt_llm/usage, from 1.3 on).
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "TRTLLM_NO_USAGE_STATS": "1"}
 _PROMPT, _TOKENS = "The capital of France is", 8
 _HEALTH_INTERVAL_S, _REQUEST_TIMEOUT_S = 1.0, 120.0
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
@@ -222,7 +224,7 @@ class _Place:
         self.out = out
         self._builder = builder
         self._work = work
-        self._environment = {"PYTHONUNBUFFERED": "1", **_told(visible)}
+        self._environment = {**_ENVIRONMENT, **_told(visible)}
 
     @contextmanager
     def start(self, command: Sequence[str], log: Path, progress: Progress, *, port: int = 0) -> Iterator[Child]:

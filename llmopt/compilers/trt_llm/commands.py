@@ -116,8 +116,8 @@ def serve_command(
     return argv + _flags("serve", {k: v for k, v in settings.serve.items() if versions.option("serve", k)})
 
 
-def serve_yaml(settings: Settings) -> str:
-    """The YAML of `trtllm-serve`; it is read over the flags."""
+def serve_yaml(settings: Settings, *, paged_context: bool = True) -> str:
+    """The YAML of `trtllm-serve`; it is read over the flags. paged_context: see `files`."""
     import yaml
 
     fields: dict[str, Json] = {}
@@ -128,6 +128,8 @@ def serve_yaml(settings: Settings) -> str:
     cache: dict[str, Json] = {"free_gpu_memory_fraction": FREE_GPU_MEMORY_FRACTION}
     if settings.resolved_mode == "bundle" and settings.kv_cache == "fp8":
         cache["dtype"] = "fp8"  # an engine has what its checkpoint says
+    if settings.resolved_mode == "engine" and not paged_context:
+        cache["enable_block_reuse"] = False  # it is on unless told otherwise
     given = {k: v for k, v in settings.serve.items() if versions.option("yaml", k)}
     own = given.pop("kv_cache_config", None)
     fields["kv_cache_config"] = cache | own if isinstance(own, dict) else cache
@@ -141,9 +143,13 @@ def commands(settings: Settings) -> dict[str, Json]:
     return {"build": build, "serve": list(serve_command(settings))}
 
 
-def files(settings: Settings) -> dict[str, str]:
-    """Every file of this module, by its name in the artifact. The lengths are known: see `Settings.sized`."""
-    texts = {"commands.json": _json(commands(settings)), "serve.yaml": serve_yaml(settings)}
+def files(settings: Settings, *, paged_context: bool = True) -> dict[str, str]:
+    """Every file of this module, by its name in the artifact.
+
+    The lengths are known: see `Settings.sized`. paged_context: `rules.has_paged_context` of the engines.
+    """
+    yaml = serve_yaml(settings, paged_context=paged_context)
+    texts = {"commands.json": _json(commands(settings)), "serve.yaml": yaml}
     if settings.resolved_mode == "engine":
         texts["build_config.json"] = _json(build_config(settings))
     return texts | scripts(settings)

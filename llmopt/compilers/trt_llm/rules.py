@@ -3,6 +3,7 @@
 `check_settings(settings)` needs nothing else and is called when they are made. `check(settings, quant_algo=...,
 kv_cache=..., architecture=...)` is called when the checkpoint is known: `quant_algo` and `kv_cache` are TensorRT-LLM's
 `quant_algo` and `kv_cache_quant_algo` (None: plain), `architecture` is "sm_90" or None. Both raise SettingsError.
+`has_paged_context` says what the builder will make of the attention.
 
 Many of these TensorRT-LLM does not refuse: it turns the option off and says so in a log that nobody reads. Where a
 rule's source is not in versions.yaml beside its option, it is named at the rule.
@@ -58,6 +59,12 @@ def check(settings: Settings, *, quant_algo: str | None, kv_cache: str | None, a
         _raise_first(_attention_faults(settings, quant_algo, kv_cache))
         capability = None if architecture is None else _capability(architecture)
         _raise_first(_plugin_faults(settings, quant_algo, capability))
+
+
+def has_paged_context(settings: Settings, *, quant_algo: str | None, kv_cache: str | None) -> bool:
+    """Whether the engines will have paged context attention, without which no block of the KV cache can be reused."""
+    off = is_on(settings, "context_fmha") is False or is_on(settings, "use_paged_context_fmha") is False
+    return not off and _unpaged_by_the_cache(quant_algo, kv_cache) is None
 
 
 def is_on(settings: Settings, name: str) -> bool | None:
@@ -310,27 +317,31 @@ def _check_arithmetic(kind: Numbers, mode: Mode, architecture: str | None) -> No
     if architecture is not None and not kind.runs_on(_capability(architecture), mode):
         raise SettingsError(
             f"`{architecture}` does not run {kind.words} (`{kind.name}`) in `mode: {mode}`",
-            hint=f"{_ranges(kind, mode)} does: name such a GPU, or quantize the model in another way",
+            hint=f"{_ranges(kind, mode)} can: name such a GPU, or quantize the model in another way",
         )
 
 
 def _attention_faults(settings: Settings, quant_algo: str | None, kv_cache: str | None) -> Iterator[Fault]:
     """`build()` of builder.py, "Logics to control paged_context_fmha and fp8_context_fmha"."""
-    fp8_attention = quant_algo in _FP8_ATTENTION
     if is_on(settings, "use_fp8_context_fmha"):
-        if not fp8_attention:
+        if quant_algo not in _FP8_ATTENTION:
             yield "`use_fp8_context_fmha` needs FP8 weights", "leave it out"
         elif kv_cache != "FP8" and is_on(settings, "use_paged_context_fmha") is not False:
             yield "`use_fp8_context_fmha` needs an FP8 KV cache", "set `kv_cache: fp8`, or leave it out"
-    why = None
-    if kv_cache == "INT8":
-        why = "an INT8 KV cache"
-    elif kv_cache == "FP8" and not fp8_attention:
-        why = "an FP8 KV cache under weights that are not FP8"
+    why = _unpaged_by_the_cache(quant_algo, kv_cache)
     if why is not None:
         if is_on(settings, "use_paged_context_fmha"):
             yield f"`use_paged_context_fmha` does not go with {why}", "leave it out, or set `kv_cache: none`"
         yield from _needs_paged_attention(settings, why)
+
+
+def _unpaged_by_the_cache(quant_algo: str | None, kv_cache: str | None) -> str | None:
+    """What of the numbers makes TensorRT-LLM turn paged context attention off; None where it stays on."""
+    if kv_cache == "INT8":
+        return "an INT8 KV cache"
+    if kv_cache == "FP8" and quant_algo not in _FP8_ATTENTION:
+        return "an FP8 KV cache under weights that are not FP8"
+    return None
 
 
 def _plugin_faults(settings: Settings, quant_algo: str | None, capability: int | None) -> Iterator[Fault]:

@@ -47,13 +47,14 @@ class TensorRTLLM(Settings):
         return Outcome(metrics={**plan.facts(made), **memory})
 
     def prepare(self, model: Path, plan: Path, out: Path, progress: Progress) -> Outcome:
-        from llmopt.compilers.trt_llm import commands, validate
+        from llmopt.compilers.trt_llm import commands, rules, validate
         from llmopt.compilers.trt_llm.plan import deployment, facts, make
 
         made = make(model, self)
         shutil.copyfile(plan / "plan.json", out / "plan.json")
         events = _write_weights(model, made, out, progress)
-        for name, text in commands.files(made.settings).items():
+        paged = rules.has_paged_context(made.settings, quant_algo=made.quant_algo, kv_cache=made.kv_cache)
+        for name, text in commands.files(made.settings, paged_context=paged).items():
             _write(out / name, text)
         for name, text in deploy.emit(self.emit, deployment(made)).items():
             _write(out / name, text)

@@ -108,7 +108,20 @@ def test_no_parameters_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "phi3", "gemma2", "gemma3_text", "gpt_neox", "opt"],
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen3_moe",
+        "phi3",
+        "gemma2",
+        "gemma3_text",
+        "gpt_neox",
+        "falcon",
+        "opt",
+    ],
 )
 def test_counts_are_those_of_the_tensors_for_every_family(
     model_type: str, make_checkpoint: Callable[..., Path]
@@ -120,6 +133,61 @@ def test_counts_are_those_of_the_tensors_for_every_family(
     assert shape.parameters == found
     assert shape.notes == ()
     assert shape.stored_bytes == sum(info.size for info in tensors)
+
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "intermediate_size": 256,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+_FOUR: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+PLANNED_ONLY: dict[str, dict[str, Any]] = {
+    "deepseek_v2": _LATENT | {"n_shared_experts": 2, "q_lora_rank": None},
+    "deepseek_v3": _LATENT | {"n_shared_experts": 1, "q_lora_rank": 48},
+    "gpt_oss": _FOUR | {"num_local_experts": 4, "sliding_window": 16},
+    "qwen2_moe": _FOUR | {"num_experts": 4, "shared_expert_intermediate_size": 96},
+    "glm4_moe": _FOUR | {"n_routed_experts": 4, "n_shared_experts": 1, "use_qk_norm": True, "attention_bias": True},
+    "llama4_text": _FOUR | {"num_local_experts": 4, "intermediate_size_mlp": 384, "interleave_moe_layer_step": 2},
+    "gemma": {"head_dim": 32},
+    # Known by no row: by their keys.
+    "granite": {},
+    "ernie4_5": {},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("model_type", PLANNED_ONLY)
+@pytest.mark.filterwarnings("ignore")
+def test_types_that_are_planned_only_are_counted_as_transformers_does(model_type: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **(_SMALL | PLANNED_ONLY[model_type]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(each.numel() for each in model.parameters())
+    count += sum(each.numel() for name, each in model.named_buffers() if name.endswith("score_correction_bias"))
+    assert of_config(json.loads(config.to_json_string(use_diff=False)), name="x").parameters == count
 
 
 def test_config_json_alone_is_enough_for_the_shipped_model(demo_model: Path) -> None:

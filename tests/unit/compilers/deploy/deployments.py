@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llmopt.compilers.deploy.base import Deployment
 
 ENGINE = Deployment(
     name="llama",
     runtime="tensorrt-llm",
-    version="0.21.0",
+    version="0.21.0rc1",
     mode="engine",
     model="engine",
     url="s3://bucket/llama-w8a8",
@@ -63,4 +64,6 @@ VLLM = Deployment(
     instance="ml.g5.12xlarge",
     serve={"enforce_eager": False, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
 )
-CASES: Mapping[str, Deployment] = {"engine": ENGINE, "bundle": BUNDLE, "vllm": VLLM}
+#: Of a TensorRT-LLM that tritonserver has too.
+NEWER_ENGINE = replace(ENGINE, version="1.2.1", url=None, instance=None, lmi={})
+CASES: Mapping[str, Deployment] = {"engine": ENGINE, "newer-engine": NEWER_ENGINE, "bundle": BUNDLE, "vllm": VLLM}

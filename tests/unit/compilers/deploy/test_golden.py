@@ -1,6 +1,6 @@
 """Every file of every deployment, byte for byte, against tests/golden/deploy.
 
-To write them again, and look at the difference: `python tests/unit/compilers/deploy/test_golden.py`.
+To write them again, and look at the difference: `PYTHONPATH=. python tests/unit/compilers/deploy/test_golden.py`.
 """
 
 from __future__ import annotations

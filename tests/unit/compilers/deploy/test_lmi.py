@@ -67,13 +67,13 @@ def test_lmis_vllm_handler_takes_no_pipeline_stages() -> None:
 
 def test_a_tensorrt_llm_that_no_container_has_is_refused_with_the_ways_out() -> None:
     error = refused(BUNDLE)
-    assert error.message == "no LMI container has TensorRT-LLM 1.2.1: the last has 0.21.0"
+    assert error.message == "no LMI container has TensorRT-LLM 1.2.1: the last has 0.21.0rc1"
     assert error.hint is not None
-    assert all(way in error.hint for way in ("version: 0.21.0", "mode: engine", "target `vllm`", "compile.image"))
+    assert all(way in error.hint for way in ("version: 0.21.0rc1", "mode: engine", "target `vllm`", "compile.image"))
 
 
 def test_lmis_container_serves_engines_not_bundles() -> None:
-    assert "serves engines, not a bundle" in refused(dataclasses.replace(BUNDLE, version="0.21.0")).message
+    assert "serves engines, not a bundle" in refused(dataclasses.replace(BUNDLE, version="0.21.0rc1")).message
 
 
 def test_a_container_of_the_users_may_hold_anything() -> None:
@@ -118,5 +118,6 @@ def test_a_version_of_vllm_has_its_container(version: str) -> None:
     assert images.lmi(dataclasses.replace(VLLM, version=version)).holds == f"vLLM {version}"
 
 
-def test_a_checkpoint_for_another_vllm_goes_into_the_newest_container() -> None:
-    assert images.lmi(dataclasses.replace(VLLM, version="0.99.0")).holds == "vLLM 0.28.0"
+def test_a_checkpoint_for_another_vllm_goes_into_the_newest_container_and_the_file_says_so() -> None:
+    first, *_ = lmi.emit(dataclasses.replace(VLLM, version="0.99.0"))["serving.properties"].splitlines()
+    assert first.endswith("-lmi29.0.0-cu130 (vLLM 0.28.0, the newest; this was prepared for 0.99.0)")

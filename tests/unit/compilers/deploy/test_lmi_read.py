@@ -82,7 +82,7 @@ def test_a_users_file_is_quantized_and_compiled_here(read: ReadText) -> None:
     }
     assert section(found, "compile") == {
         "target": "tensorrt-llm",
-        "version": "0.21.0",
+        "version": "0.21.0rc1",
         "mode": "engine",
         "emit": ["lmi"],
         "tensor_parallel": 4,
@@ -139,6 +139,17 @@ def test_every_property_that_is_known_is_a_setting_kept_or_told(read: ReadText, 
         "option.enable_expert_parallel": "true",
         "option.model_id": "org/name",
         "option.revision": "abc",
+        "option.quantization": "awq",
+        "option.quant_algo": "FP8",
+        "option.kv_cache_quant_algo": "FP8",
+        "option.smoothquant_per_token": "true",
+        "option.smoothquant_per_channel": "true",
+        "option.q_format": "int4_awq",
+        "option.awq_format": "int4_awq",
+    }
+    assert set(values) >= {*lmi_names.TABLES[target], *lmi_names.READ_APART} - {  # type: ignore[index]
+        *("option.rolling_batch", "option.quantize"),  # in every file here
+        "option.has_zero_point",  # false is what is done, and true an error
     }
     before = read(base)
     for name, value in values.items():
@@ -199,7 +210,31 @@ def test_a_detail_of_another_method_is_told(read: ReadText) -> None:
 def test_details_without_a_quantization_are_told(read: ReadText) -> None:
     found = read("option.rolling_batch=trtllm\noption.calib_size=64\n")
     assert "quantize" not in found.profile.sections
-    assert "asks for no quantization" in found.notes[-1]
+    assert found.notes[-1].endswith("`option.calib_size=64`: not carried: nothing is quantized here")
+
+
+def test_the_first_of_two_names_of_a_quantization_counts_and_the_other_is_told(read: ReadText) -> None:
+    found = read("option.rolling_batch=trtllm\noption.quant_algo=FP8\noption.quantize=awq\n")
+    assert section(found, "quantize")["method"] == "awq"
+    assert found.notes[-1].endswith("`option.quant_algo=FP8`: not carried: `option.quantize` says how")
+
+
+def test_a_zero_point_is_refused_for_engines(read: ReadText) -> None:
+    asked = "option.rolling_batch=trtllm\noption.quantize=awq\noption.has_zero_point="
+    assert "symmetric weights" in str(refused(read, f"{asked}true\n").hint)
+    assert section(read(f"{asked}false\n"), "quantize")["symmetric"] is True
+
+
+def test_an_older_handler_of_lmis_is_told(read: ReadText) -> None:
+    found = read("option.entryPoint=djl_python.huggingface\n")
+    assert found.notes[-1].endswith("not carried: LMI's handler for `vllm` is `djl_python.lmi_vllm.vllm_async_service`")
+
+
+@pytest.mark.parametrize("model", ["s3://bucket/x/", "./weights", "{{id}}"])
+def test_a_revision_of_what_is_no_hubs_is_told(read: ReadText, model: str) -> None:
+    found = read(f"option.rolling_batch=vllm\noption.model_id={model}\noption.revision=abc\n")
+    assert "@abc" not in str(found.profile.model)
+    assert found.notes[-1].endswith("`option.revision=abc`: not carried: it is for a model of the hub")
 
 
 def test_an_unknown_quantization_is_an_error_with_those_known(read: ReadText) -> None:
@@ -256,10 +291,6 @@ def test_a_target_that_the_file_leaves_open_is_told(read: ReadText) -> None:
             "option.rolling_batch=trtllm\noption.quantize=awq\noption.q_format=int2\n",
             "`option.q_format` cannot be `int2`",
         ),
-        ("option.model_id={{s3url}}\n", "is a place holder: `{{s3url}}`"),
-        ("option.model_id=<your model id>\n", "is a place holder"),
-        ("option.model_id=djl://ai.djl/x\n", "is of DJL's model zoo"),
-        ("option.model_id\n", "is a place holder: ``"),
         ("option.x=\\u12\n", "malformed \\uxxxx encoding"),
         ("option.dtype=fp16\noption.dtype=bf16\n", "`option.dtype` is given twice"),
     ],
@@ -315,6 +346,16 @@ def test_a_model_on_s3_is_told_how_to_fetch(read: ReadText) -> None:
     found = read("option.rolling_batch=vllm\noption.model_id=s3://bucket/llama\n")
     assert found.profile.model == "s3://bucket/llama"
     assert "`aws s3 sync s3://bucket/llama/ MODEL`, then `--set model=MODEL`" in found.notes[-1]
+
+
+@pytest.mark.parametrize("model", ["{{s3url}}", "<your model id>", "", "${MODEL}", "djl://ai.djl/x"])
+def test_a_model_that_is_none_is_told_and_can_be_given(read: ReadText, tmp_path: Path, model: str) -> None:
+    found = read(f"option.rolling_batch=trtllm\noption.model_id={model}\n")
+    assert found.profile.model is None
+    assert "`--set model=...`" in found.notes[-1]
+    assert plan.load(str(tmp_path / "serving.properties"), ["model=org/name"]).model == "org/name"
+    with pytest.raises(SettingsError, match="names no model"):
+        plan.load(str(tmp_path / "serving.properties"))
 
 
 def test_a_model_beside_the_file_is_found(read: ReadText, tmp_path: Path) -> None:

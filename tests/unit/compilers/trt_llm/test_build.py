@@ -59,6 +59,7 @@ L4 = "{0}, GPU-{0}, NVIDIA L4, 23034, 570.86.15, 8.9"
 FAKE_BUILD = """
 import json, os, signal, subprocess, sys, time
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert os.environ["TRTLLM_NO_USAGE_STATS"] == "1"
 deed = os.environ.get("DEED", "")
 # A worker in a session of its own, as MPI's are.
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -98,6 +99,7 @@ with open(cache, "w") as file:
 FAKE_SERVE = """
 import json, os, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+assert os.environ["TRTLLM_NO_USAGE_STATS"] == "1"
 deed = os.environ.get("DEED", "")
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 print("pid", os.getpid(), flush=True)
@@ -385,6 +387,7 @@ from llmopt.compilers.trt_llm.build import run
 from llmopt.compilers.trt_llm.builder import Builder
 child._GRACE_S = 0.3
 signal.signal(signal.SIGTERM, _terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
     run(Path(sys.argv[1]), Path(sys.argv[2]), Builder.parse(sys.argv[3]), progress=silent)
 except KeyboardInterrupt:

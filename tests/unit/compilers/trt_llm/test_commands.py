@@ -117,6 +117,14 @@ def test_the_yaml_says_how_much_memory_the_cache_takes_whatever_else_it_says_of_
     assert said == {"free_gpu_memory_fraction": 0.9, "enable_block_reuse": False}
 
 
+def test_no_block_is_reused_where_the_engine_cannot_read_it() -> None:
+    engine = sized(mode="engine", kv_cache="int8")
+    assert "enable_block_reuse" not in commands.serve_yaml(engine)
+    said = yaml.safe_load(commands.files(engine, paged_context=False)["serve.yaml"])
+    assert said["kv_cache_config"]["enable_block_reuse"] is False
+    assert "enable_block_reuse" not in commands.serve_yaml(sized(), paged_context=False)
+
+
 def test_fast_builds_are_managed_weights_in_the_config() -> None:
     config = commands.build_config(sized(mode="engine", build={"fast_build": True, "log_level": "debug"}))
     assert config["plugin_config"] == {"manage_weights": True}

@@ -401,3 +401,20 @@ def test_a_shipped_profile_goes_with_its_numbers_on_the_gpus_it_names(
     made = settings(**profiles.load(name).section("compile"))
     for architecture in architectures:
         rules.check(made, quant_algo=quant_algo, kv_cache=kv_cache, architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("options", "quant_algo", "kv_cache", "paged"),
+    [
+        ({}, None, None, True),
+        ({}, "FP8", "FP8", True),
+        ({}, "W4A16_AWQ", "FP8", False),
+        ({}, None, "INT8", False),
+        ({"context_fmha": "disable"}, None, None, False),
+        ({"use_paged_context_fmha": False}, None, None, False),
+    ],
+)
+def test_paged_context_attention_is_off_where_the_builder_turns_it_off(
+    options: dict[str, Any], quant_algo: str | None, kv_cache: str | None, paged: bool
+) -> None:
+    assert rules.has_paged_context(engine(build=options), quant_algo=quant_algo, kv_cache=kv_cache) == paged

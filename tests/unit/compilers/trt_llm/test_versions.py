@@ -63,7 +63,7 @@ def test_no_name_is_both_a_flag_of_trtllm_serve_and_a_field_of_its_yaml() -> Non
 
 def test_candidates_are_ordered_by_number_and_come_before_their_release() -> None:
     known = versions.known()
-    assert known[:5] == ("0.21.0", "1.0.0", "1.1.0", "1.2.0", "1.2.1")
+    assert known[:6] == ("0.21.0rc1", "0.21.0", "1.0.0", "1.1.0", "1.2.0", "1.2.1")
     assert known.index("1.3.0rc9") < known.index("1.3.0rc10")
 
 
@@ -88,7 +88,7 @@ def test_the_modes_of_a_version_begin_with_its_default(name: str, modes: tuple[s
     ("name", "nearest"),
     [
         ("1.2.7", "`1.2.1`"),
-        ("0.9.0", "`0.21.0`"),
+        ("0.9.0", "`0.21.0rc1`"),
         ("1.3.0rc99", "`1.3.0rc29`"),
         ("1.0.3", "`1.0.0`"),
         ("2.0.0", "`1.4.0rc1`"),

@@ -4,7 +4,8 @@
 #   AWS_REGION          where (required)
 #   LMI_ACCOUNT         the account that holds AWS's containers in that region: 763104351884 in most; the others are in
 #                       docs/reference/region_availability.md of github.com/aws/deep-learning-containers
-# Container: djl-inference:0.33.0-tensorrtllm0.21.0-cu128 (TensorRT-LLM 0.21.0rc1).
+# Container: djl-inference:0.33.0-tensorrtllm0.21.0-cu128 (TensorRT-LLM 0.21.0rc1). Where the instance's driver is too old for its CUDA, add InferenceAmiVersion
+# to create-endpoint-config.json: docs.aws.amazon.com/sagemaker/latest/dg/inference-gpu-drivers.html has the drivers.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 : "${SAGEMAKER_ROLE_ARN:?the ARN of the role that SageMaker takes}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Serve with Triton, inside nvcr.io/nvidia/tritonserver:25.08-trtllm-python-py3
-# (TensorRT-LLM 0.21.0), which is started on a machine with GPUs as in
-#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -p 8000:8000 -v ARTIFACT:/artifact nvcr.io/nvidia/tritonserver:25.08-trtllm-python-py3 \
+# Serve with Triton, inside nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
+# (TensorRT-LLM 1.2.1), which is started on a machine with GPUs as in
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -p 8000:8000 -v ARTIFACT:/artifact nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3 \
 #     bash /artifact/deploy/triton/serve.sh
 # HTTP on port 8000; ready when GET /v2/health/ready answers 200.
 set -euo pipefail
@@ -22,12 +22,13 @@ fi
 
 # fill MODEL KEY:VALUE...: those that the template of this version has.
 fill() {
-  local config="$repository/$1/config.pbtxt" pair
+  local config="$repository/$1/config.pbtxt" pair found=()
   for pair in "${@:2}"; do
     if grep -qF "\${${pair%%:*}}" "$config"; then
-      python3 "${FILL_TEMPLATE:-/app/tools/fill_template.py}" -i "$config" "$pair"
+      found+=("$pair")
     fi
   done
+  python3 "${FILL_TEMPLATE:-/app/tools/fill_template.py}" -i "$config" "$(IFS=,; echo "${found[*]}")"
 }
 
 fill ensemble \
