@@ -129,7 +129,7 @@ def test_what_changed_afterwards_is_found(make_checkpoint: Any, tmp_path: Path) 
         ({"aot": False}, "`compile.aot` cannot be false"),
         ({"gpu": "H1000"}, "unknown hardware `H1000`"),
         ({"emit": ["k9s"]}, "`compile.emit` cannot be `k9s`"),
-        ({"build": {}}, "`compile` has no setting `build`"),
+        ({"build": {}}, "has no setting `build`"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
