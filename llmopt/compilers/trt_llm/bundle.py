@@ -31,8 +31,8 @@ LOADED_EXPERTS = ("FP8", "W8A16")
 _QUANTIZATION = "hf_quant_config.json"
 #: _torch/attention_backend/trtllm.py: "Layer-level fp8 KV-cache scales. Stay at 1.0 (no-op) for the PyTorch backend".
 _CACHE_SCALES = (
-    "TensorRT-LLM's PyTorch backend has an FP8 KV cache with a scale of 1: the scales of the checkpoint are in the bundle "
-    "and stay unused (engines use them)"
+    "TensorRT-LLM's PyTorch backend has an FP8 KV cache with a scale of 1: the scales of the checkpoint are in the "
+    "bundle and stay unused (engines use them)"
 )
 _DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
