@@ -29,10 +29,10 @@ LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16")
 LOADED_EXPERTS = ("FP8", "W8A16")
 
 _QUANTIZATION = "hf_quant_config.json"
-#: _torch/attention_backend/trtllm.py: "Layer-level fp8 KV-cache scales. Stay at 1.0 (no-op) for the PyTorch backend".
+#: Source: tensorrt_llm/_torch/attention_backend/trtllm.py (1.2 and 1.3.0rc), `kv_cache_scaling_factor`.
 _CACHE_SCALES = (
-    "TensorRT-LLM's PyTorch backend has an FP8 KV cache with a scale of 1: the scales of the checkpoint are in the "
-    "bundle and stay unused (engines use them)"
+    "TensorRT-LLM's PyTorch backend has an FP8 KV cache with a scale of 1: the checkpoint's scales are in the bundle "
+    "and stay unused (engines use them)"
 )
 _DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
