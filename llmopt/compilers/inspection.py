@@ -261,9 +261,12 @@ class Checksums:
         owners = {
             digest: f"`{name}` of {file}" for file, known in self.tensors.items() for name, digest in known.items()
         }
-        for file, known in self.tensors.items():
-            for name, each in seen.get(file, {}).items():
-                if name in known and known[name] != each.digest:
+        for file, found in seen.items():
+            known = self.tensors.get(file, {})
+            for name, each in found.items():
+                if name not in known:
+                    faults.add(CHECKSUMS, f"has no digest of `{name}` of {file}")
+                elif known[name] != each.digest:
                     owner = owners.get(each.digest)
                     instead = "other bytes than when it was prepared" if owner is None else f"the bytes of {owner}"
                     faults.add(file, f"`{name}` has {instead}")
