@@ -452,3 +452,12 @@ def test_what_is_no_checkpoint_is_told_apart_from_a_broken_one(tmp_path: Path) -
     with pytest.raises(LlmoptError, match="nothing that was prepared") as caught:
         validate(tmp_path)
     assert not isinstance(caught.value, CorruptError)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], [1], {"a": 1}, 10**30], ids=str)
+def test_a_value_of_another_type_is_a_fault_and_no_traceback(value: object, tmp_path: Path) -> None:
+    config = LAYOUTS["fp8-tp2"]
+    write(tmp_path, config.to_json(), tensors_of(config))
+    for key in ("dtype", "num_hidden_layers", "architecture", "mapping", "quantization"):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_json() | {key: value}))
+        assert "config.json: " in faults(tmp_path), key
