@@ -41,13 +41,16 @@ _ENGINE, _BUNDLE = "checkpoint of TensorRT-LLM", "bundle for TensorRT-LLM"
 def validate(folder: Path, *, record: bool = False) -> Report:
     """Check a prepared artifact, or the folder of weights in it; `record` writes CHECKSUMS beside what is in order.
 
-    Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order.
+    Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order. What was prepared
+    for vLLM has the form of a bundle, and is checked too.
     """
-    if (folder / CHECKPOINT / "config.json").exists():
+    if (folder / CHECKPOINT).is_dir():
         return _engine(folder / CHECKPOINT, artifact=folder, record=record)
-    if (folder / MODEL / "config.json").exists():
-        report = check_model(folder / MODEL, _BUNDLE, tensorrt=True, record=record)
-        _check_bundle_split(folder)
+    if (folder / MODEL).is_dir():
+        for_vllm = (read_json(folder / _ABOUT, Faults()) or {}).get("target") == "vllm"
+        what = "checkpoint for vLLM" if for_vllm else _BUNDLE
+        report = check_model(folder / MODEL, what, tensorrt=not for_vllm, record=record)
+        _check_bundle_split(folder, what)
         return report
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
@@ -62,7 +65,7 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     )
 
 
-def _check_bundle_split(artifact: Path) -> None:
+def _check_bundle_split(artifact: Path, what: str) -> None:
     """CorruptError where the model cannot be split as engine.json says that the server will."""
     from llmopt.formats.reading import open_model
 
@@ -71,7 +74,7 @@ def _check_bundle_split(artifact: Path) -> None:
     with told(faults, _ABOUT):
         parallel = [(said or {}).get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline")]
         check_split(open_model(artifact / MODEL), parallel[0], parallel[1])
-    faults.check(artifact, _BUNDLE)
+    faults.check(artifact, what)
 
 
 def _engine(folder: Path, *, artifact: Path | None, record: bool) -> Report:

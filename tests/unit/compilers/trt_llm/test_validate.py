@@ -448,6 +448,13 @@ def test_an_artifact_needs_a_tokenizer_that_fits(tmp_path: Path) -> None:
     assert validate(tmp_path).ranks == 1
 
 
+def test_an_artifact_without_the_config_of_its_checkpoint_is_a_broken_one(tmp_path: Path) -> None:
+    config = LAYOUTS["plain"]
+    write(tmp_path / "checkpoint", config.to_json(), tensors_of(config))
+    (tmp_path / "checkpoint" / "config.json").unlink()
+    assert "config.json: is missing" in faults(tmp_path)
+
+
 def test_what_is_no_checkpoint_is_told_apart_from_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(LlmoptError, match="nothing that was prepared") as caught:
         validate(tmp_path)
