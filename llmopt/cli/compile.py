@@ -124,7 +124,9 @@ def compile_(
     if validate or resume:
         _refuse_settings("--validate" if validate else "--resume", profile, given, overrides)
     if validate:
-        _refuse_beside_validate({"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name})
+        _refuse_beside_validate(
+            {"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name}
+        )
         return _validate(session, source)
     delivery = Delivery(session, out=out, name=name)
     with_builder = opt.builder(builder)
@@ -158,7 +160,9 @@ def _refuse_settings(flag: str, profile: str | None, given: dict[str, Any], over
 def _refuse_beside_validate(given: dict[str, Any]) -> None:
     found = next((name for name, value in given.items() if value is not None), None)
     if found is not None:
-        raise SettingsError(f"`--validate` makes nothing, and `--{found}` says what to make", hint="leave one of them out")
+        raise SettingsError(
+            f"`--validate` makes nothing, and `--{found}` says what to make", hint="leave one of them out"
+        )
 
 
 def _validate(session: Session, source: str) -> int:
