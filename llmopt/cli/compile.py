@@ -124,9 +124,8 @@ def compile_(
     if validate or resume:
         _refuse_settings("--validate" if validate else "--resume", profile, given, overrides)
     if validate:
-        _refuse_beside_validate(
-            {"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name}
-        )
+        beside = {"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name}
+        _refuse_beside_validate(beside)
         return _validate(session, source)
     delivery = Delivery(session, out=out, name=name)
     with_builder = opt.builder(builder)

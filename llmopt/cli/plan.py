@@ -74,8 +74,8 @@ def plan(
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     limits = _limits(slo or [])
-    wanted = _workload(workload, prompt_tokens, output_tokens, concurrency)
     of_model = shape.read(_located(session, model))
+    wanted = _workload(workload, prompt_tokens, output_tokens, concurrency, of_model.max_positions)
     rows = _rows(hardware, price or [], session)
     kinds = [precisions.find(name) for name in _list(precision)] or list(precisions.PRECISIONS.values())
     on_disk = None if precision is not None else precisions.stored(of_model)
@@ -118,14 +118,20 @@ def _limits(texts: Sequence[str]) -> list[Limit]:
 
 
 def _workload(
-    name: str | None, prompt_tokens: int | None, output_tokens: int | None, concurrency: int | None
+    name: str | None,
+    prompt_tokens: int | None,
+    output_tokens: int | None,
+    concurrency: int | None,
+    positions: int | None,
 ) -> Workload:
-    """The mean lengths of a workload of `llmopt bench`, or those given."""
+    """The mean lengths of a workload of `llmopt bench`, or those given, or the defaults where the model has so many."""
     from llmopt.planner.roofline import Workload
 
     prompt, output = Workload().prompt_tokens, Workload().output_tokens
     if name is not None:
         prompt, output = _means(name)
+    elif positions is not None and positions < prompt + output:
+        prompt, output = positions * 4 // 5, positions // 5
     return Workload(
         prompt_tokens=prompt if prompt_tokens is None else float(prompt_tokens),
         output_tokens=output if output_tokens is None else float(output_tokens),
@@ -282,7 +288,7 @@ def _cells(option: Option, found: Sequence[Option], chosen: Option | None, each_
 def _refused(found: Sequence[Option], refused: Sequence[Option]) -> Iterator[str]:
     if refused:
         yield ""
-        yield "Does not fit:"
+        yield "Ruled out:"
         width = max(len(f"{option.hardware.name} {option.precision.name}") for option in refused)
         for option in refused:
             yield f"  {f'{option.hardware.name} {option.precision.name}'.ljust(width)}  {option.reason}"

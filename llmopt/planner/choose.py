@@ -66,7 +66,8 @@ class Option:
     """A precision on a row of hardware, divided as suits it best. `reason`: why it cannot be had, None where it can.
 
     memory: of the fullest device, with `batch` requests of a replica in it. prediction: of one replica, None where no
-    speed is predicted. instances: how many are rented for the workload's concurrency (1 where nothing is said of it).
+    speed is predicted. instances: how many are rented for the workload's concurrency (1 where nothing is said of it);
+    used: the part of their replicas' batches that it fills.
     """
 
     hardware: Hardware
@@ -77,6 +78,7 @@ class Option:
     pipeline_parallel: int = 1
     replicas: int = 1
     instances: int = 1
+    used: float = 1.0
     batch: int = 0
     memory: Memory | None = None
     prediction: Prediction | None = None
@@ -88,7 +90,9 @@ class Option:
     @property
     def tokens_s(self) -> float | None:
         """Output tokens a second of all instances."""
-        return None if self.prediction is None else self.prediction.tokens_s * self.replicas * self.instances
+        return (
+            None if self.prediction is None else self.prediction.tokens_s * self.replicas * self.instances * self.used
+        )
 
     @property
     def usd_per_million(self) -> float | None:
@@ -211,7 +215,7 @@ def _placed(
             f"{max(left, 0) / 1e9:.1f} GB left for the KV cache on {devices}, a request takes {sequence / 1e9:.2f} GB"
         )
         return _without(base, text, ranks, stages)
-    instances = 1
+    instances, used = 1, 1.0
     if workload.concurrency is not None:
         most = min(most, max(1, -(-workload.concurrency // replicas)))
     placement = Placement(
@@ -234,12 +238,14 @@ def _placed(
         prediction = predict(placement, workload, batch)
     if workload.concurrency is not None:
         instances = -(-workload.concurrency // (batch * replicas))
+        used = workload.concurrency / (instances * batch * replicas)
     option = replace(
         base,
         tensor_parallel=ranks,
         pipeline_parallel=stages,
         replicas=replicas,
         instances=instances,
+        used=used,
         batch=batch,
         memory=replace(empty, kv_cache=round(batch * sequence)),
         prediction=prediction,

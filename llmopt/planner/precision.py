@@ -124,6 +124,7 @@ def _integers(label: str, bits: int, group_size: int, activations: bool) -> Prec
         scale_bytes=2 + (bits / 8 if group_size > 0 else 0),  # a scale, and a zero point where there are groups
         arithmetic="int8" if activations else "fp16",
         cpu_arithmetic="int8",
+        cpu_head_bits=8,
     )
 
 

@@ -10,11 +10,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmopt.bench.metrics.figures import compact
@@ -60,6 +62,15 @@ def measured(store: Path, engine: str) -> dict[str, dict[str, Any]]:
     return {name: compact(level) for name, level in found.items()}
 
 
+def share_had() -> float:
+    """The part of this machine's cores that a process which wants them all gets for a second."""
+    square = np.ones((1024, 1024), np.float32)
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() < wall + 1:
+        square @ square
+    return (time.process_time() - cpu) / (time.perf_counter() - wall) / len(os.sched_getaffinity(0))
+
+
 def faster(one: Hardware, other: Hardware) -> Hardware:
     """The best of two measurements of one machine: what else ran meanwhile makes it slower only."""
     flops = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
@@ -67,7 +78,9 @@ def faster(one: Hardware, other: Hardware) -> Hardware:
 
 
 def test_predictions_for_the_cpu_engine(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
-    """Within a factor of two in the geometric mean of the rates; on a machine with nothing else to do."""
+    """Within a factor of two in the geometric mean of the rates."""
+    if (share := share_had()) < 0.85:
+        pytest.skip(f"other processes take {1 - share:.0%} of this machine: run it when it has nothing else to do")
     model, store = make_checkpoint("llama", **SIZES), tmp_path / "store"
     shape, workload = read(str(model)), Workload(prompt_tokens=PROMPT, output_tokens=OUTPUT)
     print(f"\n{shape.parameters / 1e6:.0f}M parameters, {PROMPT} tokens in, {OUTPUT} out")

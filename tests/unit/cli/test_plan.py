@@ -84,6 +84,11 @@ def test_a_workload_of_bench_gives_its_lengths(llmopt: Llmopt) -> None:
     assert 15 < report["workload"]["output_tokens"] < 60
 
 
+def test_a_short_model_gets_shorter_requests(llmopt: Llmopt, tiny: Path) -> None:
+    report = llmopt("plan", tiny, "--json").json
+    assert report["workload"]["prompt_tokens"] + report["workload"]["output_tokens"] <= 256
+
+
 def test_given_lengths_go_before_the_workloads(llmopt: Llmopt) -> None:
     report = llmopt("plan", "8B", "--workload", "code", "--output-tokens", 77, "--json").json
     assert report["workload"]["output_tokens"] == 77

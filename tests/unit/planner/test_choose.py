@@ -193,6 +193,19 @@ def test_more_requests_than_fit_need_more_instances(published: dict[str, ModelSh
     assert many.instances == -(-1000 // many.batch) > 1
 
 
+def test_one_client_has_the_rate_of_one_replica(published: dict[str, ModelShape]) -> None:
+    option = planned(published["Llama-3.1-8B"], "p5.48xlarge", "fp8", workload=Workload(concurrency=1))
+    assert option.prediction is not None
+    assert option.tokens_s == pytest.approx(option.prediction.tokens_s)
+    assert option.tensor_parallel > 1  # which others leave idle, so they speed it up
+
+
+def test_requests_in_flight_are_never_more_than_asked(published: dict[str, ModelShape]) -> None:
+    for concurrency in (3, 9, 100, 1001):
+        option = planned(published["Llama-3.1-8B"], "p4d.24xlarge", "int8", workload=Workload(concurrency=concurrency))
+        assert option.used * option.batch * option.replicas * option.instances == pytest.approx(concurrency)
+
+
 def test_few_requests_on_a_large_instance_cost_more(published: dict[str, ModelShape]) -> None:
     few = planned(published["Llama-3.1-8B"], "p5.48xlarge", "fp8", workload=Workload(concurrency=8))
     full = planned(published["Llama-3.1-8B"], "p5.48xlarge", "fp8")
