@@ -124,7 +124,9 @@ def compile_(
     if validate or resume:
         _refuse_settings("--validate" if validate else "--resume", profile, given, overrides)
     if validate:
-        return _validate(session, Path(source))
+        beside = {"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name}
+        _refuse_beside_validate(beside)
+        return _validate(session, source)
     delivery = Delivery(session, out=out, name=name)
     with_builder = opt.builder(builder)
     if resume:
@@ -154,10 +156,25 @@ def _refuse_settings(flag: str, profile: str | None, given: dict[str, Any], over
         )
 
 
-def _validate(session: Session, folder: Path) -> int:
-    """Check a folder that was prepared for TensorRT-LLM, by whomever."""
-    from llmopt.compilers.trt_llm.validate import validate
+def _refuse_beside_validate(given: dict[str, Any]) -> None:
+    found = next((name for name, value in given.items() if value is not None), None)
+    if found is not None:
+        raise SettingsError(
+            f"`--validate` makes nothing, and `--{found}` says what to make", hint="leave one of them out"
+        )
 
+
+def _validate(session: Session, source: str) -> int:
+    """Check what was prepared for TensorRT-LLM, by whomever: its weights first, which says more than a digest does."""
+    from llmopt.artifacts.manifest import MANIFEST_NAME
+    from llmopt.compilers.trt_llm.validate import validate
+    from llmopt.pipeline import inputs
+
+    folder = Path(source)
+    if not folder.is_dir() and "/" not in source:
+        folder = inputs.resolve(session.store, source).path
     report = validate(folder)
+    if (folder / MANIFEST_NAME).is_file():
+        inputs.resolve(session.store, source)
     session.console.result("\n".join(report.lines()), {"folder": str(folder), **report.to_json()})
     return int(Exit.OK)

@@ -30,12 +30,12 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
     runtime = f"{said['runtime']} {said['version']}"
     needs = f"{said['gpus']} GPU{'' if said['gpus'] == 1 else 's'}"
     needs += f" of {said['architecture']} ({said['gpu']})" if said.get("architecture") else ""
-    size = checked["bytes"]
+    size, numbers = checked["bytes"], said.get("quant_algo") or said.get("quantization") or said["dtype"]
+    ranks = "1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"
     assert isinstance(size, int)
     lines = {
         "prepared": f"{said['mode']} for {runtime}, not compiled: {probed['found']}",
-        "weights": f"{said.get('quant_algo') or said.get('quantization') or said['dtype']}, {checked['tensors']} tensors, {byte_size(size)}, "
-        + ("1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"),
+        "weights": f"{numbers}, {checked['tensors']} tensors, {byte_size(size)}, {ranks}",
         "validated": "names, shapes, dtypes, completeness, ranks, scales, and every digest",
         "needs": f"{needs}, {runtime}",
         "next": str(more["next"]),
@@ -46,10 +46,7 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
 def _next(result: StageResult) -> str:
     """On a machine that shares the store, or anywhere from a copy."""
     there = f"copy it there (`--out DIR`, or {result.path})"
-    if result.metrics["runtime"] == _VLLM or result.metrics["mode"] == "bundle":
-        start = f"{there} and `bash serve.sh`"
-    else:
-        start = f"{there} and `bash build.sh`"
     if result.metrics["runtime"] == _VLLM:
-        return start
+        return f"{there} and `bash deploy/vllm/serve.sh`"
+    start = f"{there} and `bash {'serve' if result.metrics['mode'] == 'bundle' else 'build'}.sh`"
     return f"`llmopt compile --resume {result.artifact[:19]} --builder PYTHON` where the GPU is; or {start}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmopt.cli import options as opt
+from llmopt.errors import Exit
 
 
 def run(
@@ -61,4 +62,4 @@ def run(
         if step.name in folders and step.result is not None:
             session.store.export(step.result.artifact, folders[step.name])
     session.console.result(summary.planned(result) if dry_run else summary.text(result), summary.value(result))
-    return summary.exit_code(result)
+    return int(Exit.OK) if dry_run else summary.exit_code(result)

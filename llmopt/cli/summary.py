@@ -93,6 +93,8 @@ def _artifacts(steps: Sequence[Step]) -> str:
         if result is not None:
             took = "cached" if result.cached else f"{result.seconds:.1f} s"
             lines.append([step.name, result.artifact[:19], result.kind, byte_size(result.bytes), took])
+        else:
+            lines.append([step.name, f"waits for {step.waits_for}", "", "", ""])
     return table(lines, left=3)
 
 

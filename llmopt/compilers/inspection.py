@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import CorruptError, LlmoptError
 from llmopt.formats.base import Part
@@ -97,7 +98,7 @@ class Report:
         without = f"no {CHECKSUMS}: tensors of one shape that changed places would not be found"
         return [
             f"valid     a {self.what}",
-            f"tensors   {size}, {self.bytes / 1e9:.3f} GB: names, shapes, dtypes, values",
+            f"tensors   {size}, {byte_size(self.bytes)}: names, shapes, dtypes, values",
             f"digests   {sums if self.digests else without}",
         ]
 

@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from llmopt.compilers.trt_llm.validate import validate
+from llmopt.errors import CorruptError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden" / "trt_llm"))
 import modelopt_cases
 from modelopt_cases import CASES, GOLDEN, Case
@@ -32,8 +35,23 @@ _DECODERS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen"}
 
 def export(case: Case, out: Path) -> None:
     """ModelOpt's checkpoint of a case in `out`."""
-    import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    model = quantized(case)
+    with torch.no_grad():
+        export_tensorrt_llm_checkpoint(
+            model,
+            _DECODERS[case.model_type],
+            getattr(torch, case.dtype),
+            out,
+            inference_tensor_parallel=case.tensor_parallel,  # 0, the default, writes nothing
+            inference_pipeline_parallel=case.pipeline_parallel,
+        )
+
+
+def quantized(case: Case) -> Any:
+    """The model of a case, quantized by ModelOpt."""
+    import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -53,15 +71,7 @@ def export(case: Case, out: Path) -> None:
         mtq.quantize(model, settings, lambda model: model(torch.randint(0, 320, (4, 64))))
         if case.same_bytes:
             set_scales(model, case)
-    with torch.no_grad():
-        export_tensorrt_llm_checkpoint(
-            model,
-            _DECODERS[case.model_type],
-            getattr(torch, case.dtype),
-            out,
-            inference_tensor_parallel=case.tensor_parallel,  # 0, the default, writes nothing
-            inference_pipeline_parallel=case.pipeline_parallel,
-        )
+    return model
 
 
 def set_scales(model: torch.nn.Module, case: Case) -> None:
@@ -79,13 +89,19 @@ def set_scales(model: torch.nn.Module, case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The manifest of ModelOpt's checkpoint of every case."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ModelOpt's checkpoint of every case."""
     found = {}
     for name, case in CASES.items():
-        folder = tmp_path_factory.mktemp(name)
-        export(case, folder)
-        found[name] = modelopt_cases.manifest(folder, digests=case.same_bytes)
+        found[name] = tmp_path_factory.mktemp(name)
+        export(case, found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Their manifests."""
+    found = {name: modelopt_cases.manifest(folder, digests=CASES[name].same_bytes) for name, folder in folders.items()}
     if os.environ.get("LLMOPT_GOLDEN") == "write":
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -101,3 +117,24 @@ def test_our_checkpoint_is_what_modelopt_writes(exported: dict[str, Any], name: 
 @pytest.mark.parametrize("name", CASES)
 def test_the_golden_manifest_is_what_modelopt_writes(exported: dict[str, Any], name: str) -> None:
     assert json.loads(GOLDEN.read_text())[name] == exported[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_our_validator_takes_their_checkpoint(folders: dict[str, Path], exported: dict[str, Any], name: str) -> None:
+    """Unless a method that it did not search a scale of inputs for would need one: TensorRT-LLM loads none then."""
+    case = CASES[name]
+    if case.same_bytes and case.algorithm in ("W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"):
+        with pytest.raises(CorruptError, match="prequant_scaling_factor` is missing"):
+            validate(folders[name])
+    else:
+        assert validate(folders[name]).tensors == sum(len(rank) for rank in exported[name]["ranks"])
+
+
+@pytest.mark.parametrize("name", ["llama-bf16", "llama-fp8", "llama-fp8-fp8-cache-pp2", "llama-awq", "qwen2-fp8-tp2"])
+def test_our_validator_takes_their_bundle(name: str, tmp_path: Path) -> None:
+    """The Hugging Face checkpoint that NVIDIA's own models come as."""
+    from modelopt.torch.export import export_hf_checkpoint
+
+    export_hf_checkpoint(quantized(CASES[name]), export_dir=str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert validate(tmp_path).tensors > 20

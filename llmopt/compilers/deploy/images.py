@@ -59,7 +59,9 @@ def lmi(deployment: Deployment) -> Image:
     if deployment.image is not None:
         return Image(deployment.image, "what its owner says")
     if deployment.runtime == "vllm":
-        return LMI_VLLM.get(deployment.version, [*LMI_VLLM.values()][-1])
+        newest = [*LMI_VLLM.values()][-1]
+        other = Image(newest.tag, f"{newest.holds}, the newest; this was prepared for {deployment.version}")
+        return LMI_VLLM.get(deployment.version, other)
     if deployment.version not in LMI_TENSORRT_LLM:
         known = ", ".join(LMI_TENSORRT_LLM)
         raise SettingsError(

@@ -182,12 +182,14 @@ DROPPED: Mapping[str, str] = {
     "option.load_by_shard": "checkpoints are always read in pieces",
     "option.logits_dtype": "LMI applies it to T5 only, which is not compiled here",
     "option.num_checkpoint_workers": "the checkpoint is written by as many threads as there are cores",
+    "option.pre_quant_scales": "the checkpoint has them where its numbers need them",
     "option.trtllm_checkpoint_path": "the checkpoint lies in the artifact",
     "option.use_custom_all_reduce": "TensorRT-LLM has no such option any more",
 }
 #: What LMI's last TensorRT-LLM container (0.33.0) no longer reads; kept all the same, for a container of the user's.
 OUTDATED = ("option.batch_scheduler_policy",)
-#: Methods and, by runtime, what `option.quantize` means. TensorRT-LLM: trt_llm_user_guide.md, "Quantization Support".
+#: What `option.quantize` means to LMI's TensorRT-LLM container: trt_llm_user_guide.md, "Quantization Support"; GPTQ is
+#: not among what it makes itself.
 _AWQ: Mapping[str, Json] = {"method": "awq", "bits": 4, "group_size": 128, "symmetric": True}
 _STATIC_FP8: Mapping[str, Json] = {"method": "fp8", "weights": "tensor", "activations": "static"}
 QUANTIZE: Mapping[str, Mapping[str, Json]] = {
@@ -217,17 +219,18 @@ QUANTIZE_DETAILS: Mapping[str, tuple[str, Convert, tuple[str, ...]]] = {
     "option.calib_max_seq_length": ("quantize.seq_len", whole, ()),
     "option.random_seed": ("quantize.seed", whole, ()),
 }
+#: What names a quantization; the first of them that a file has counts.
+QUANTIZE_NAMES = ("option.quantize", "option.quantization", "option.quant_algo")
 QUANTIZE_OTHER = (
-    *("option.quantize", "option.quantization", "option.quant_algo", "option.kv_cache_quant_algo"),
     *("option.smoothquant_per_token", "option.smoothquant_per_channel", "option.q_format", "option.awq_format"),
-    *("option.has_zero_point", "option.pre_quant_scales"),
+    *("option.has_zero_point", "option.kv_cache_quant_algo"),
 )
 SPECIAL = (
     *("option.model_id", "option.revision", "option.dtype", "option.tensor_parallel_degree", "option.max_output_len"),
     *("option.enable_expert_parallel",),
 )
 #: Those that a function each reads, not a row of a table.
-READ_APART = (*HANDLER, *SPECIAL, *QUANTIZE_OTHER, *QUANTIZE_DETAILS)
+READ_APART = (*HANDLER, *SPECIAL, *QUANTIZE_NAMES, *QUANTIZE_OTHER, *QUANTIZE_DETAILS)
 #: Old names of LMI for the runtimes, and for those that are not prepared here (README.md of djl-serving's LMI docs).
 ROLLING_BATCH: Mapping[str, Runtime | None] = {
     "trtllm": "tensorrt-llm",

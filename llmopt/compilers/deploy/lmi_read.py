@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.artifacts.outcome import Json
-from llmopt.compilers.deploy import images, properties
+from llmopt.compilers.deploy import images, lmi, properties
 from llmopt.compilers.deploy import lmi_names as names
 from llmopt.compilers.deploy.base import Runtime
 from llmopt.compilers.deploy.properties import Entry
@@ -63,10 +63,7 @@ class _Reader:
         self._handler(runtime)
         self._quantize(runtime)
         for entry in self.entries.values():
-            if (
-                entry.key not in names.HANDLER + names.SPECIAL + names.QUANTIZE_OTHER
-                and entry.key not in names.QUANTIZE_DETAILS
-            ):
+            if entry.key not in names.READ_APART:
                 self._carry(entry, runtime)
         self._degrees(runtime)
         self._dtype(runtime)
@@ -98,18 +95,17 @@ class _Reader:
                 return named
         if entry_point is not None and entry_point.value in names.ENTRY_POINTS:
             return names.ENTRY_POINTS[entry_point.value]
-        only: dict[Runtime, list[str]] = {"tensorrt-llm": [], "vllm": []}
-        for key in self.entries:
-            for runtime, other in (("tensorrt-llm", "vllm"), ("vllm", "tensorrt-llm")):
-                if key in names.TABLES[runtime] and key not in names.TABLES[other]:  # type: ignore[index]
-                    only[runtime].append(key)  # type: ignore[index]
+        engine, vllm = (names.TABLES[runtime] for runtime in ("tensorrt-llm", "vllm"))
+        of_engine = [key for key in self.entries if key in engine and key not in vllm]
+        of_vllm = [key for key in self.entries if key in vllm and key not in engine]
+        of_engine += [key for key in self.entries if key.startswith("option.smoothquant") or key == "option.quant_algo"]
         if self._says("option.mpi_mode", "true") or self._says("engine", "mpi"):
-            only["tensorrt-llm"].append("option.mpi_mode")
-        quantize = self.entries.get("option.quantize")
-        if (quantize is not None and quantize.value == "smoothquant") or "option.quant_algo" in self.entries:
-            only["tensorrt-llm"].append("option.quantize")
-        found: Runtime = "tensorrt-llm" if len(only["tensorrt-llm"]) > len(only["vllm"]) else "vllm"
-        because = f" for `{only[found][0]}`" if only[found] else ", which LMI's current containers run"
+            of_engine.append("option.mpi_mode")
+        if self._says("option.quantize", "smoothquant"):
+            of_engine.append("option.quantize")
+        found: Runtime = "tensorrt-llm" if len(of_engine) > len(of_vllm) else "vllm"
+        telling = of_engine if found == "tensorrt-llm" else of_vllm
+        because = f" for `{telling[0]}`" if telling else ", which LMI's current containers run"
         words = f"{self.file.name} leaves the engine to the container: taken for `{found}`{because}"
         self.notes.append((0, f"{words} (`option.rolling_batch=trtllm` or `vllm` says it)"))
         return found
@@ -122,6 +118,8 @@ class _Reader:
         if entry_point is not None and entry_point.value not in names.ENTRY_POINTS:
             self._keep(entry_point)
             self._note(entry_point, "a handler of your own: kept for the container, with LMI's asynchronous mode")
+        elif entry_point is not None and entry_point.value != lmi.HANDLERS[runtime]:
+            self._note(entry_point, f"not carried: LMI's handler for `{runtime}` is `{lmi.HANDLERS[runtime]}`")
         for key, written in (("engine", "python"), ("option.mpi_mode", "false"), ("option.async_mode", "true")):
             if key in self.entries and not self._says(key, written):
                 self._note(
@@ -204,29 +202,30 @@ class _Reader:
 
     def _quantize(self, runtime: Runtime) -> None:
         """The section `quantize`, where the file asks for one."""
-        named, algorithm = self.entries.get("option.quantize"), self.entries.get("option.quant_algo")
-        named = named or self.entries.get("option.quantization")
-        settings: Mapping[str, Json] | None = None
-        if named is not None and runtime == "vllm":
-            settings = self._quantize_vllm(named)
-        elif named is not None:
-            settings = names.QUANTIZE.get(named.value.lower())
-            if settings is None:
-                raise self._error(named, f"cannot be `{named.value}` here", hint=nearest(named.value, names.QUANTIZE))
-        elif algorithm is not None:
-            settings = names.QUANT_ALGO.get(algorithm.value.upper())
-            if settings is None:
-                raise self._error(
-                    algorithm, f"cannot be `{algorithm.value}` here", hint=nearest(algorithm.value, names.QUANT_ALGO)
-                )
+        asked = [self.entries[key] for key in names.QUANTIZE_NAMES if key in self.entries]
+        for entry in asked[1:]:
+            self._note(entry, f"not carried: `{asked[0].key}` says how")
+        settings = self._method(asked[0], runtime) if asked else None
         if settings is None:
-            self._note_unused_details()
+            for key in (*names.QUANTIZE_DETAILS, *names.QUANTIZE_OTHER):
+                if key in self.entries:
+                    self._note(self.entries[key], "not carried: nothing is quantized here")
             return
-        entry = named or algorithm
-        assert entry is not None
         for key, value in settings.items():
-            self._set(f"quantize.{key}", entry, value, default=True)
+            self._set(f"quantize.{key}", asked[0], value, default=True)
         self._details(str(settings["method"]))
+
+    def _method(self, entry: Entry, runtime: Runtime) -> Mapping[str, Json] | None:
+        """The settings that a property names a method with; None where that leaves the weights as they are."""
+        if entry.key == "option.quant_algo":
+            known, word = names.QUANT_ALGO, entry.value.upper()
+        elif runtime == "vllm":
+            return self._quantize_vllm(entry)
+        else:
+            known, word = names.QUANTIZE, entry.value.lower()
+        if word not in known:
+            raise self._error(entry, f"cannot be `{entry.value}` here", hint=nearest(word, known))
+        return known[word]
 
     def _quantize_vllm(self, entry: Entry) -> Mapping[str, Json] | None:
         """vLLM quantizes on the fly to FP8 or with bitsandbytes; another name is of a quantized checkpoint."""
@@ -277,36 +276,34 @@ class _Reader:
             reason = "weights have a scale a channel" if method == "smoothquant" else f"the method is `{method}`"
             self._note(per_channel, f"not carried: {reason}")
 
-    def _note_unused_details(self) -> None:
-        for key in (*names.QUANTIZE_DETAILS, *names.QUANTIZE_OTHER):
-            entry = self.entries.get(key)
-            if entry is not None and key not in ("option.quantize", "option.quantization"):
-                self._note(entry, "not carried: the file asks for no quantization (`option.quantize`)")
-
     def _model(self) -> str | None:
         """`option.model_id`, or the folder of the file where the model lies with it."""
         entry, revision = self.entries.get("option.model_id"), self.entries.get("option.revision")
+        found = self._place_of_model(entry)
+        if revision is not None and (entry is None or found != entry.value or "://" in found):
+            self._note(revision, "not carried: it is for a model of the hub")
+        elif revision is not None:
+            found = f"{found}@{revision.value}"
+        return found
+
+    def _place_of_model(self, entry: Entry | None) -> str | None:
         folder = self.file.parent
         if entry is None:
-            if revision is not None:
-                self._note(revision, "not carried: the file names no model of a hub")
             return str(folder) if (folder / "config.json").is_file() else None
         value = entry.value
         self.origins["model"] = self._place(entry)
         if not value or any(mark in value for mark in ("{{", "<", "${")):
             self._note(entry, "a place holder: `--set model=...` fills it in")
             return None
+        if value.startswith("djl://"):
+            self._note(entry, "of DJL's model zoo: `--set model=...` names a folder, or `ORG/NAME` of the hub")
+            return None
         if value.startswith("s3://"):
             uri = value if value.endswith("/") else f"{value}/"
             self._note(entry, f"has to be fetched first: `aws s3 sync {uri} MODEL`, then `--set model=MODEL`")
             return value
-        if value.startswith("djl://"):
-            self._note(entry, "of DJL's model zoo: `--set model=...` names a folder, or `ORG/NAME` of the hub")
-            return None
         beside = folder / value
-        if beside.is_dir() or value.startswith("."):
-            return str(beside)
-        return value if revision is None else f"{value}@{revision.value}"
+        return str(beside) if beside.is_dir() or value.startswith(".") else value
 
     def _keep(self, entry: Entry) -> None:
         self.sections["compile"].setdefault("lmi", {})[entry.key] = entry.value

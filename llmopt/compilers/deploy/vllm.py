@@ -13,8 +13,9 @@ from llmopt.artifacts.outcome import Json
 from llmopt.compilers.deploy.base import Deployment
 from llmopt.errors import SettingsError
 
-#: `quant_algo` of ModelOpt checkpoints that vLLM loads: its documentation, features/quantization/modelopt.
-_MODELOPT = (None, "FP8", "NVFP4")
+#: `quant_algo` of ModelOpt checkpoints that vLLM loads and that are written here:
+#: vllm/model_executor/layers/quantization/modelopt.py, QUANT_ALGOS (2026).
+_MODELOPT = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 _SCRIPT = """\
 #!/usr/bin/env bash
 # Serve the model with vLLM {version} on PORT (default 8000) of HOST (default 0.0.0.0); further arguments go to vLLM.

@@ -29,6 +29,11 @@ LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16")
 LOADED_EXPERTS = ("FP8", "W8A16")
 
 _QUANTIZATION = "hf_quant_config.json"
+#: Source: tensorrt_llm/_torch/attention_backend/trtllm.py (1.2 and 1.3.0rc), `kv_cache_scaling_factor`.
+_CACHE_SCALES = (
+    "TensorRT-LLM's PyTorch backend has an FP8 KV cache with a scale of 1: the checkpoint's scales are in the bundle "
+    "and stay unused (engines use them)"
+)
 _DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 
@@ -40,9 +45,9 @@ def check(model: Path, settings: Settings) -> None:
 
 
 def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tuple[str, ...]:
-    """Write the checkpoint with its tokenizer into the empty folder `out`; returns what changed numbers: nothing does.
+    """Write the checkpoint with its tokenizer into the empty folder `out`, a file or a block at a time.
 
-    Weights are copied a file or a block at a time.
+    Returns what changes numbers: not here, but in the server.
     """
     from llmopt.formats.convert import convert
     from llmopt.models.writer import write_json
@@ -57,7 +62,8 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
     said = read_json(out / _QUANTIZATION).get("quantization", {})
     if said.get("quant_algo") == "MIXED_PRECISION":
         write_json(out / "quant_cfg.json", said)  # where TensorRT-LLM up to 1.2 looks for the layers' algorithms
-    return ()
+    cache = "none" if source.reader is None else source.reader.encoding.kv_cache
+    return (_CACHE_SCALES,) if cache == "fp8" else ()
 
 
 def algorithm(source: Source) -> str | None:

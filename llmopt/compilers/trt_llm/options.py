@@ -38,9 +38,10 @@ def check(setting: Literal["build", "serve"], values: Mapping[str, Json], versio
     for name, value in values.items():
         rows = [row for section in sections if (row := versions.option(section, name)) is not None]
         if not rows:
+            known = (row for section in sections for row in versions.table().options[section].values())
             raise SettingsError(
                 f"`compile.{setting}.{name}` is no option of {program}",
-                hint=versions.nearest_option(sections, name, version, mode),
+                hint=nearest(name, versions.usable(known, version, mode)),
             )
         _check_option(rows[0], value, f"compile.{setting}.{name}", version, mode)
 
@@ -63,8 +64,10 @@ def _check_value(row: Option, value: Json, where: str, version: Version, mode: M
             raise SettingsError(f"`{where}` must be a mapping, not `{value}`", hint="write `name: ...` below it")
         for name, item in value.items():
             if name not in row.fields:
-                usable = [r.name for r in row.fields.values() if not r.refused and r.mode in (None, mode)]
-                raise SettingsError(f"`{where}` has no field `{name}`", hint=nearest(name, usable))
+                raise SettingsError(
+                    f"`{where}` has no field `{name}`",
+                    hint=nearest(name, versions.usable(row.fields.values(), version, mode)),
+                )
             _check_option(row.fields[name], item, f"{where}.{name}", version, mode)
     elif row.kind == "choice":
         if value not in row.choices:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Json
 from llmopt.compilers.deploy.base import Deployment
+from llmopt.compilers.hub_model import check_tokenizer_files
 from llmopt.compilers.trt_llm import bundle, checkpoint, rules
 from llmopt.compilers.trt_llm.config import EngineConfig
 from llmopt.compilers.trt_llm.layout import layout
@@ -106,6 +107,7 @@ def make(model: Path, settings: Settings) -> Plan:
     from llmopt.formats.reading import open_model
 
     source = open_model(model)
+    check_tokenizer_files(model)
     settings = _sized(settings, source)
     engine, quant_algo, kv_cache = _quantization(source, settings)
     rules.check(settings, quant_algo=quant_algo, kv_cache=kv_cache, architecture=settings.architecture)

@@ -317,7 +317,7 @@ def _check_arithmetic(kind: Numbers, mode: Mode, architecture: str | None) -> No
     if architecture is not None and not kind.runs_on(_capability(architecture), mode):
         raise SettingsError(
             f"`{architecture}` does not run {kind.words} (`{kind.name}`) in `mode: {mode}`",
-            hint=f"{_ranges(kind, mode)} does: name such a GPU, or quantize the model in another way",
+            hint=f"{_ranges(kind, mode)} can: name such a GPU, or quantize the model in another way",
         )
 
 

@@ -106,11 +106,13 @@ def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tu
     folder = out / ("model" if made.engine is None else "checkpoint")
     folder.mkdir()
     if made.engine is None:
-        events = bundle.write(model, folder, made.settings, progress)
-    else:
-        copy_companions(model, out)
-        events = checkpoint.write(open_model(model), made.engine, folder, progress)
-    return events
+        return bundle.write(model, folder, made.settings, progress)
+    source = open_model(model)
+    copy_companions(model, out)
+    # The tokenizer's class may be told by config.json alone; of the weights' encoding it must not speak.
+    plain = {key: value for key, value in source.checkpoint.config.items() if key != "quantization_config"}
+    _write_json(out / "config.json", plain)
+    return checkpoint.write(source, made.engine, folder, progress)
 
 
 def _describe(model: Path, made: Plan) -> dict[str, Json]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmopt.compilers.hub_model import check_split
 from llmopt.compilers.inspection import (
     Checksums,
     Faults,
@@ -31,6 +32,7 @@ from llmopt.errors import LlmoptError
 from llmopt.models.checkpoint import TensorInfo
 
 CHECKPOINT, MODEL = "checkpoint", "model"  # where each mode has its weights in an artifact
+_ABOUT = "engine.json"
 _ENGINE, _BUNDLE = "checkpoint of TensorRT-LLM", "bundle for TensorRT-LLM"
 
 
@@ -40,15 +42,17 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order.
     """
     if (folder / CHECKPOINT / "config.json").exists():
-        return _engine(folder / CHECKPOINT, tokenizer=folder, record=record)
+        return _engine(folder / CHECKPOINT, artifact=folder, record=record)
     if (folder / MODEL / "config.json").exists():
-        return check_model(folder / MODEL, _BUNDLE, tensorrt=True, record=record)
+        report = check_model(folder / MODEL, _BUNDLE, tensorrt=True, record=record)
+        _check_bundle_split(folder)
+        return report
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
         config = read_json(folder / "config.json", Faults()) or {}
         is_engine = is_engine or "mapping" in config
         if is_engine:
-            return _engine(folder, tokenizer=None, record=record)
+            return _engine(folder, artifact=None, record=record)
         return check_model(folder, _BUNDLE, tensorrt=True, record=record)
     raise LlmoptError(
         f"`{folder}` is nothing that was prepared for TensorRT-LLM",
@@ -56,8 +60,16 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     )
 
 
-def _engine(folder: Path, *, tokenizer: Path | None, record: bool) -> Report:
-    """The unified checkpoint: config.json and a file a rank."""
+def _check_bundle_split(artifact: Path) -> None:
+    """LlmoptError where the model cannot be split as engine.json says that the server will."""
+    from llmopt.formats.reading import open_model
+
+    said = read_json(artifact / _ABOUT, Faults()) or {}
+    check_split(open_model(artifact / MODEL), said.get("tensor_parallel", 1), said.get("pipeline_parallel", 1))
+
+
+def _engine(folder: Path, *, artifact: Path | None, record: bool) -> Report:
+    """The unified checkpoint: config.json and a file a rank; in an artifact also the tokenizer and engine.json."""
     faults = Faults()
     sums, config = Checksums.read(folder, faults), _config(folder, faults)
     numbers = range(config.ranks) if config is not None else range(len(list(folder.glob("rank*.safetensors"))))
@@ -71,10 +83,12 @@ def _engine(folder: Path, *, tokenizer: Path | None, record: bool) -> Report:
     seen = look_at_all(tensors, unfit, faults)
     if config is not None:
         _check_ranks(config, seen, faults)
+        _check_repeated_heads(config, tensors, seen, faults)
         for file, found in tensors.items():
             _check_kv_scales(file, found, seen[file], faults)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, None if config is None else config.vocab_size, faults)
+    if artifact is not None:
+        check_tokenizer(artifact, None if config is None else config.vocab_size, faults)
+        _check_about(artifact, config, faults)
     return conclude(folder, _ENGINE, tensors, seen, sums, faults, ranks=len(files), record=record)
 
 
@@ -87,6 +101,52 @@ def _config(folder: Path, faults: Faults) -> EngineConfig | None:
     except LlmoptError as error:
         faults.add("config.json", error.message.removeprefix("config.json "))
         return None
+
+
+def _check_about(artifact: Path, config: EngineConfig | None, faults: Faults) -> None:
+    """engine.json, which the build and the server go by, against the checkpoint's own config.json."""
+    if config is None or not (artifact / _ABOUT).exists():
+        return
+    said, own = read_json(artifact / _ABOUT, faults) or {}, config.to_json()
+    for key, value in {
+        "tensor_parallel": config.tensor_parallel,
+        "pipeline_parallel": config.pipeline_parallel,
+        "dtype": config.dtype,
+        "quant_algo": config.algorithm,
+        "kv_cache": own["quantization"]["kv_cache_quant_algo"],
+        "vocab_size": config.vocab_size,
+    }.items():
+        if key in said and said[key] != value:
+            faults.add(_ABOUT, f"says `{key}: {said[key]}` where config.json of the checkpoint says `{value}`")
+
+
+def _check_repeated_heads(
+    config: EngineConfig,
+    tensors: Mapping[str, Mapping[str, TensorInfo]],
+    seen: Mapping[str, Mapping[str, Seen]],
+    faults: Faults,
+) -> None:
+    """Where there are more ranks than KV heads, those that share a head have the same rows of k and v: the last."""
+    repeats = config.tensor_parallel // config.kv_heads
+    if repeats < 2:
+        return
+    keys = 2 * config.kv_heads_of_rank * config.head_size
+    share = keys / (keys + config.heads // config.tensor_parallel * config.head_size)
+    whole = layout(replace(config, tensor_parallel=1), 0)
+    for rank in range(config.ranks):
+        first, here = f"rank{rank - rank % repeats}.safetensors", f"rank{rank}.safetensors"
+        for name, info in tensors[here].items():
+            is_split = ".attention.qkv." in name and name in whole and info.shape != whole[name].shapes[0]
+            if first != here and is_split and name in seen[here] and name in seen.get(first, {}):
+                size = round(info.size * share)
+                if _tail(info, size) != _tail(tensors[first][name], size):
+                    faults.add(here, f"`{name}` has other rows of the KV head that it shares with {first}")
+
+
+def _tail(info: TensorInfo, size: int) -> bytes:
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset + info.size - size)
+        return stream.read(size)
 
 
 def _check_kv_scales(where: str, tensors: Mapping[str, TensorInfo], seen: Mapping[str, Seen], faults: Faults) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from llmopt.errors import SettingsError, nearest
+from llmopt.errors import SettingsError
 
 Mode: TypeAlias = Literal["engine", "bundle"]
 #: build: flags of `trtllm-build`. serve: flags of `trtllm-serve`. yaml: fields of its YAML (`LlmArgs`).
@@ -138,15 +138,9 @@ def option(section: Section, name: str) -> Option | None:
     return table().options[section].get(name)
 
 
-def nearest_option(sections: tuple[Section, ...], name: str, version: Version, mode: Mode) -> str:
-    """A hint that names the option nearest to `name` among those that can be given."""
-    usable = [
-        row.name
-        for section in sections
-        for row in table().options[section].values()
-        if row.refused is None and row.mode in (None, mode) and version.has(row)
-    ]
-    return nearest(name, usable)
+def usable(rows: Iterable[Option], version: Version, mode: Mode) -> list[str]:
+    """The names of those that can be given."""
+    return [row.name for row in rows if row.refused is None and row.mode in (None, mode) and version.has(row)]
 
 
 def _order(name: str) -> _Order:

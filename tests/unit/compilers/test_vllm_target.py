@@ -56,7 +56,7 @@ def test_the_weights_are_the_same_bytes(
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (out / "model" / name).read_bytes() == (model / name).read_bytes()
     about = json.loads((out / "engine.json").read_text())
-    assert about["quantization"] == (format or None)
+    assert about["quant_algo"] == (format or None)
     assert (out / "model" / CHECKSUMS).is_file()
 
 

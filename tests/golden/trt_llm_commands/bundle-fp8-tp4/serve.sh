@@ -5,6 +5,7 @@ set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python3}"
+export TRTLLM_NO_USAGE_STATS="${TRTLLM_NO_USAGE_STATS:-1}" # from 1.3 on it would report its use
 
 fail() { # message, hint, exit code
   printf 'error: %s\n\nhint: %s\n' "$1" "$2" >&2

@@ -118,5 +118,6 @@ def test_a_version_of_vllm_has_its_container(version: str) -> None:
     assert images.lmi(dataclasses.replace(VLLM, version=version)).holds == f"vLLM {version}"
 
 
-def test_a_checkpoint_for_another_vllm_goes_into_the_newest_container() -> None:
-    assert images.lmi(dataclasses.replace(VLLM, version="0.99.0")).holds == "vLLM 0.28.0"
+def test_a_checkpoint_for_another_vllm_goes_into_the_newest_container_and_the_file_says_so() -> None:
+    first, *_ = lmi.emit(dataclasses.replace(VLLM, version="0.99.0"))["serving.properties"].splitlines()
+    assert first.endswith("-lmi29.0.0-cu130 (vLLM 0.28.0, the newest; this was prepared for 0.99.0)")

@@ -139,6 +139,17 @@ def test_every_property_that_is_known_is_a_setting_kept_or_told(read: ReadText, 
         "option.enable_expert_parallel": "true",
         "option.model_id": "org/name",
         "option.revision": "abc",
+        "option.quantization": "awq",
+        "option.quant_algo": "FP8",
+        "option.kv_cache_quant_algo": "FP8",
+        "option.smoothquant_per_token": "true",
+        "option.smoothquant_per_channel": "true",
+        "option.q_format": "int4_awq",
+        "option.awq_format": "int4_awq",
+    }
+    assert set(values) >= {*lmi_names.TABLES[target], *lmi_names.READ_APART} - {  # type: ignore[index]
+        *("option.rolling_batch", "option.quantize"),  # in every file here
+        "option.has_zero_point",  # false is what is done, and true an error
     }
     before = read(base)
     for name, value in values.items():
@@ -199,7 +210,31 @@ def test_a_detail_of_another_method_is_told(read: ReadText) -> None:
 def test_details_without_a_quantization_are_told(read: ReadText) -> None:
     found = read("option.rolling_batch=trtllm\noption.calib_size=64\n")
     assert "quantize" not in found.profile.sections
-    assert "asks for no quantization" in found.notes[-1]
+    assert found.notes[-1].endswith("`option.calib_size=64`: not carried: nothing is quantized here")
+
+
+def test_the_first_of_two_names_of_a_quantization_counts_and_the_other_is_told(read: ReadText) -> None:
+    found = read("option.rolling_batch=trtllm\noption.quant_algo=FP8\noption.quantize=awq\n")
+    assert section(found, "quantize")["method"] == "awq"
+    assert found.notes[-1].endswith("`option.quant_algo=FP8`: not carried: `option.quantize` says how")
+
+
+def test_a_zero_point_is_refused_for_engines(read: ReadText) -> None:
+    asked = "option.rolling_batch=trtllm\noption.quantize=awq\noption.has_zero_point="
+    assert "symmetric weights" in str(refused(read, f"{asked}true\n").hint)
+    assert section(read(f"{asked}false\n"), "quantize")["symmetric"] is True
+
+
+def test_an_older_handler_of_lmis_is_told(read: ReadText) -> None:
+    found = read("option.entryPoint=djl_python.huggingface\n")
+    assert found.notes[-1].endswith("not carried: LMI's handler for `vllm` is `djl_python.lmi_vllm.vllm_async_service`")
+
+
+@pytest.mark.parametrize("model", ["s3://bucket/x/", "./weights", "{{id}}"])
+def test_a_revision_of_what_is_no_hubs_is_told(read: ReadText, model: str) -> None:
+    found = read(f"option.rolling_batch=vllm\noption.model_id={model}\noption.revision=abc\n")
+    assert "@abc" not in str(found.profile.model)
+    assert found.notes[-1].endswith("`option.revision=abc`: not carried: it is for a model of the hub")
 
 
 def test_an_unknown_quantization_is_an_error_with_those_known(read: ReadText) -> None:

@@ -1,10 +1,9 @@
-"""SageMaker: botocore's model of the API is the judge where botocore is; the script runs with an `aws` of our own."""
+"""SageMaker: what the requests say, and the script with an `aws` of our own; tests/judges has botocore's judgement."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 import pytest
@@ -15,11 +14,7 @@ from llmopt.compilers.deploy import sagemaker
 from llmopt.compilers.deploy.base import Deployment
 from llmopt.errors import SettingsError
 
-REQUESTS = {
-    "create-model": "CreateModel",
-    "create-endpoint-config": "CreateEndpointConfig",
-    "create-endpoint": "CreateEndpoint",
-}
+OPERATIONS = ("create-model", "create-endpoint-config", "create-endpoint")
 ROLE = "arn:aws:iam::123456789012:role/service-role/SageMaker-Execution"
 
 
@@ -31,41 +26,8 @@ def sent(lay: Lay, run: Run, deployment: Deployment, **env: str) -> dict[str, An
     done = run(script, commands, LOG=str(log), SAGEMAKER_ROLE_ARN=ROLE, AWS_REGION="us-east-1", **env)
     assert done.returncode == 0, done.stderr
     calls = [call.split("\n", 1) for call in log.read_text().split("\0") if call]
-    assert [name for name, _ in calls] == [*REQUESTS, "wait"]
-    return {name: json.loads(text) for name, text in calls if name in REQUESTS}
-
-
-@pytest.mark.parametrize("deployment", [ENGINE, VLLM])
-def test_the_requests_are_those_of_the_api(lay: Lay, run: Run, deployment: Deployment) -> None:
-    loaders = pytest.importorskip("botocore.loaders", reason="botocore, the judge, is not installed")
-    from botocore.model import ServiceModel
-    from botocore.validate import ParamValidator
-
-    service = ServiceModel(loaders.Loader().load_service_model("sagemaker", "service-2"), "sagemaker")
-    for name, request in sent(lay, run, deployment).items():
-        shape = service.operation_model(REQUESTS[name]).input_shape
-        report = ParamValidator().validate(request, shape)
-        assert not report.has_errors(), report.generate_report()
-        _check_texts(request, shape, name)
-
-
-def _check_texts(value: Any, shape: Any, where: str) -> None:
-    """What botocore leaves to the service: patterns and enumerations."""
-    if shape.type_name == "structure":
-        for key, item in value.items():
-            _check_texts(item, shape.members[key], f"{where}.{key}")
-    elif shape.type_name == "list":
-        for item in value:
-            _check_texts(item, shape.member, where)
-    elif shape.type_name == "map":
-        for key, item in value.items():
-            _check_texts(key, shape.key, where)
-            _check_texts(item, shape.value, f"{where}.{key}")
-    elif shape.type_name == "string":
-        pattern = shape.metadata.get("pattern")
-        assert pattern is None or re.fullmatch(pattern, value), f"{where}: {value} is no {pattern}"
-        assert not shape.enum or value in shape.enum, f"{where}: {value}"
-        assert len(value) <= shape.metadata.get("max", len(value)), where
+    assert [name for name, _ in calls] == [*OPERATIONS, "wait"]
+    return {name: json.loads(text) for name, text in calls if name in OPERATIONS}
 
 
 def test_the_place_holders_are_filled_in_by_the_script(lay: Lay, run: Run) -> None:

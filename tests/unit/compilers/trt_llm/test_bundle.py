@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
@@ -103,6 +104,24 @@ def test_mixed_algorithms_are_listed_where_older_versions_look(
     assert said["quant_algo"] == "MIXED_PRECISION"
     assert said["quantized_layers"]["model.layers.0.mlp.up_proj"]["quant_algo"] == "FP8"
     assert said["quantized_layers"]["model.layers.0.self_attn.q_proj"]["quant_algo"] == "W8A16"
+
+
+def test_that_scales_of_the_kv_cache_stay_unused_is_told(make_checkpoint: Any, quantize: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(quantize(make_checkpoint("llama"), FP8, "modelopt"), model)
+    tensors = load_file(model / "model.safetensors")
+    for index in range(2):
+        tensors |= {f"model.layers.{index}.self_attn.{each}_proj.{each}_scale": torch.tensor(0.5) for each in "kv"}
+    save_torch_file(tensors, model / "model.safetensors")
+    said = json.loads((model / "config.json").read_text())
+    said["quantization_config"]["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    (model / "config.json").write_text(json.dumps(said))
+    out = tmp_path / "out"
+    out.mkdir()
+    events = bundle.write(model, out, BUNDLE, silent)
+    assert len(events) == 1
+    assert "a scale of 1" in events[0]
+    assert any(name.endswith("k_scale") for file in out.glob("*.safetensors") for name in load_file(file))
 
 
 def test_a_stray_weight_file_is_left_behind(make_checkpoint: Any, tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def tensors_of(config: EngineConfig) -> Ranks:
         }
         for rank in range(config.ranks)
     }
+    if config.kv_heads < config.tensor_parallel:  # then all ranks have one head here: the last rows
+        rows = 2 * config.head_size
+        for rank, tensors in ranks.items():
+            for name in [name for name in tensors if name.endswith("attention.qkv.weight")]:
+                tensors[name][-rows:] = ranks[rank - rank % config.tensor_parallel][name][-rows:]
     for tensors in ranks.values():
         for name in [name for name in tensors if name.endswith(".kv_cache_scaling_factor")]:
             prefix = name.removesuffix("kv_cache_scaling_factor")
@@ -294,6 +299,34 @@ def test_a_scale_of_the_kv_cache_that_is_not_the_larger_of_two_is_found(tmp_path
     name = "transformer.layers.0.attention.kv_cache_scaling_factor"
     write(tmp_path, config.to_json(), {1: ranks[1] | {name: ranks[1][name] * 2}})
     assert f"rank1.safetensors: `{name}` is not the larger of those of keys and values" in faults(tmp_path)
+
+
+def test_a_kv_head_that_differs_from_that_of_its_other_rank_is_found(tmp_path: Path) -> None:
+    config = LAYOUTS["one-kv-head-tp2"]
+    ranks = tensors_of(config)
+    write(tmp_path, config.to_json(), ranks)
+    validate(tmp_path)
+    name = "transformer.layers.1.attention.qkv.weight"
+    for row, is_fault in ((-1, True), (0, False)):
+        changed = ranks[1][name].clone()
+        changed[row] += 1
+        write(tmp_path, config.to_json(), {1: ranks[1] | {name: changed}})
+        if is_fault:
+            assert f"rank1.safetensors: `{name}` has other rows of the KV head" in faults(tmp_path)
+        else:
+            validate(tmp_path)
+
+
+def test_an_artifact_that_says_something_else_of_itself_is_found(tmp_path: Path) -> None:
+    config = LAYOUTS["fp8-tp2"]
+    write(tmp_path / "checkpoint", config.to_json(), tensors_of(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    about = {"tensor_parallel": 2, "pipeline_parallel": 1, "dtype": "bfloat16", "quant_algo": "FP8", "kv_cache": "FP8"}
+    (tmp_path / "engine.json").write_text(json.dumps(about))
+    validate(tmp_path)
+    for key, wrong in {"tensor_parallel": 1, "dtype": "float16", "quant_algo": None, "kv_cache": None}.items():
+        (tmp_path / "engine.json").write_text(json.dumps(about | {key: wrong}))
+        assert f"engine.json: says `{key}: {wrong}` where config.json" in faults(tmp_path)
 
 
 def test_siblings_of_one_shape_that_changed_places_are_found(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llmopt.compilers.inspection import CHECKSUMS, SCALES
 from llmopt.compilers.trt_llm import bundle
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.compilers.trt_llm.validate import validate
-from llmopt.errors import CorruptError
+from llmopt.errors import CorruptError, LlmoptError
 from llmopt.formats.scheme import Scheme
 from llmopt.models.writer import write_safetensors
 
@@ -312,3 +312,20 @@ def test_missing_and_stray_files_are_found(sharded: tuple[Path, dict[str, Any]])
     (folder / "model-3.safetensors").rename(folder / "model-2.safetensors")
     shutil.copyfile(folder / "model-2.safetensors", folder / _FILE)
     assert "model.safetensors.index.json: lies beside `model.safetensors`" in faults(folder)
+
+
+def test_a_split_that_the_model_does_not_have_is_found(copied: Any, tmp_path: Path) -> None:
+    folder, _ = copied("w4")
+    folder.rename(tmp_path / "model")
+    for ranks, message in (
+        (1, None),
+        (2, None),
+        (4, "which groups of 32 do not divide"),
+        (3, "cannot be split over 3"),
+    ):
+        (tmp_path / "engine.json").write_text(json.dumps({"tensor_parallel": ranks, "pipeline_parallel": 1}))
+        if message is None:
+            validate(tmp_path)
+            continue
+        with pytest.raises(LlmoptError, match=message):
+            validate(tmp_path)
