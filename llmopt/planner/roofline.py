@@ -63,10 +63,10 @@ EFFICIENCIES: Mapping[str, Efficiency] = {
     "cpu": Efficiency(
         bandwidth=0.8,
         compute=0.65,
-        step_s=0.5e-3,
+        step_s=2e-3,
         sequence_s=0,
-        source="chosen by OpenVINO with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC (measured rates are "
-        "0 to 40 % above the predictions); other CPUs are taken to be alike",
+        source="chosen by what OpenVINO reached with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC (predicted "
+        "are 8 to 41 % less); other CPUs are taken to be alike",
     ),
 }
 
