@@ -65,8 +65,8 @@ EFFICIENCIES: Mapping[str, Efficiency] = {
         compute=0.65,
         step_s=2e-3,
         sequence_s=0,
-        source="chosen by what OpenVINO reached with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC (predicted "
-        "are 8 to 41 % less); other CPUs are taken to be alike",
+        source="chosen by what OpenVINO reached with int4, int8 and bf16 weights on two cores of a Zen 5 EPYC "
+        "(predicted are 8 to 41 % less); other CPUs are taken to be alike",
     ),
 }
 
