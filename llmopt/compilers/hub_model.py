@@ -44,16 +44,25 @@ def check_split(source: Source, tensor_parallel: int, pipeline_parallel: int) ->
     if reader is None:
         return
     for index in range(config.layers):
-        rows = [name for site in config.sites(index) if site.role in ("o", "down") for name in site.linears]
-        for name in rows:
-            prefix, features = f"{config.block(index)}.{name}", config.linear_shapes(index)[name][1] // ranks
-            scheme = reader.scheme(prefix)
-            if scheme is not None and scheme.group_size > 0 and features % scheme.group_size:
-                raise LlmoptError(
-                    f"`{prefix}` has {features} in-features on each of {ranks} GPUs, "
-                    f"which groups of {scheme.group_size} do not divide",
-                    hint="a smaller `--tp`, or quantize with a smaller `--group-size`",
-                )
+        shapes = config.linear_shapes(index)
+        for site in config.sites(index):
+            for name in site.linears:
+                prefix, (rows, columns) = f"{config.block(index)}.{name}", shapes[name]
+                scheme = reader.scheme(prefix)
+                if scheme is None or scheme.group_size <= 0:
+                    continue
+                across = site.role in ("o", "down")  # whose in-features the ranks share out
+                if across and columns // ranks % scheme.group_size:
+                    raise _split_group(prefix, columns // ranks, "in-features", ranks, scheme.group_size)
+                if scheme.kind == "float" and not across and rows // ranks % scheme.group_size:
+                    raise _split_group(prefix, rows // ranks, "out-features", ranks, scheme.group_size)
+
+
+def _split_group(prefix: str, features: int, what: str, ranks: int, group_size: int) -> LlmoptError:
+    return LlmoptError(
+        f"`{prefix}` has {features} {what} on each of {ranks} GPUs, which groups of {group_size} do not divide",
+        hint="a smaller `--tp`, or quantize with a smaller `--group-size`",
+    )
 
 
 def copy_model(checkpoint: Checkpoint, out: Path, progress: Progress) -> None:

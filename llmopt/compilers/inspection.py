@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +28,7 @@ CHECKSUMS = "checksums.json"
 _SCHEMA = "llmopt.checksums/1"
 _SHOWN = 20
 _CHUNK = 1 << 24
+_MOST = 10_000  # layers, experts or ranks
 
 #: The last part of the names of tensors that something is multiplied or divided by: a zero or less is a mistake.
 SCALES = frozenset(
@@ -69,6 +71,30 @@ class Faults:
         raise CorruptError(
             f"`{folder}` is no valid {what}: {faults}\n" + "\n".join(lines), hint="prepare it again from the source"
         )
+
+
+#: What the readers of JSON files that no tool of theirs wrote end in, where they take a value for what it should be.
+_UNFIT = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+
+
+@contextmanager
+def told(faults: Faults, where: str) -> Iterator[None]:
+    """What cannot be read of the file `where` becomes a fault; whatever comes after it in the block is left out."""
+    try:
+        yield
+    except LlmoptError as error:
+        faults.add(where, error.message.removeprefix(f"{where} "))
+    except _UNFIT as error:
+        faults.add(where, f"has a value that does not belong there ({error})")
+
+
+def check_counts(where: str, said: Mapping[str, Any], faults: Faults) -> bool:
+    """Whether numbers that decide how many tensors there are can be true; a fault for those that cannot."""
+    counts = ("num_hidden_layers", "num_local_experts", "num_experts", "tp_size", "pp_size")
+    large = [key for key in counts if isinstance(value := said.get(key), int) and value > _MOST]
+    for key in large:
+        faults.add(where, f"says `{key}: {said[key]}`, which cannot be")
+    return not large
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,9 +287,12 @@ class Checksums:
         owners = {
             digest: f"`{name}` of {file}" for file, known in self.tensors.items() for name, digest in known.items()
         }
-        for file, known in self.tensors.items():
-            for name, each in seen.get(file, {}).items():
-                if name in known and known[name] != each.digest:
+        for file, found in seen.items():
+            known = self.tensors.get(file, {})
+            for name, each in found.items():
+                if name not in known:
+                    faults.add(CHECKSUMS, f"has no digest of `{name}` of {file}")
+                elif known[name] != each.digest:
                     owner = owners.get(each.digest)
                     instead = "other bytes than when it was prepared" if owner is None else f"the bytes of {owner}"
                     faults.add(file, f"`{name}` has {instead}")

@@ -17,12 +17,14 @@ from llmopt.compilers.inspection import (
     Checksums,
     Faults,
     Report,
+    check_counts,
     compare,
     conclude,
     look_at_all,
     read_json,
     read_tensors,
     stray_weights,
+    told,
 )
 from llmopt.errors import LlmoptError
 from llmopt.formats.base import HALVES, Part, QuantizedReader
@@ -48,16 +50,16 @@ def check_model(folder: Path, what: str, *, tensorrt: bool = False, record: bool
     faults = Faults()
     sums, tensors = Checksums.read(folder, faults), _read_files(folder, faults)
     values, vocabulary, unfit = read_json(folder / "config.json", faults), None, set[str]()
-    if values is not None:
+    if values is not None and check_counts("config.json", values, faults):
         beside = read_json(folder / _QUANTIZATION, faults) if (folder / _QUANTIZATION).exists() else None
-        own = values.get("quantization_config")
-        if tensorrt and beside is None and own is not None and own.get("quant_method") == "modelopt":
-            faults.add(_QUANTIZATION, "is missing, where TensorRT-LLM looks")
-        if beside is not None:
-            _check_quantization(own, beside, faults)
-            values["quantization_config"] = {"quant_method": "modelopt", **(own or {}), **beside}
-        found = {name: info for each in tensors.values() for name, info in each.items()}
-        vocabulary, unfit = _check_tensors(Checkpoint(folder, values, found), faults, tensorrt=tensorrt)
+        with told(faults, _QUANTIZATION):
+            _check_quantization(values.get("quantization_config"), beside, faults, tensorrt=tensorrt)
+        with told(faults, "config.json"):
+            if beside is not None:
+                own = values.get("quantization_config") or {}
+                values["quantization_config"] = {"quant_method": "modelopt", **own, **beside}
+            found = {name: info for each in tensors.values() for name, info in each.items()}
+            vocabulary, unfit = _check_tensors(Checkpoint(folder, values, found), faults, tensorrt=tensorrt)
     check_tokenizer(folder, vocabulary, faults)
     seen = look_at_all(tensors, dict.fromkeys(tensors, unfit), faults)
     return conclude(folder, what, tensors, seen, sums, faults, record=record)
@@ -73,9 +75,10 @@ def check_tokenizer(folder: Path, vocabulary: int | None, faults: Faults) -> Non
             continue
         said = read_json(folder / name, faults)
         if name == "tokenizer.json" and said is not None and vocabulary is not None:
-            largest = max(_ids(said), default=-1)
-            if largest >= vocabulary:
-                faults.add(name, f"has the id {largest} where the embedding has {vocabulary} rows")
+            with told(faults, name):
+                largest = max(_ids(said), default=-1)
+                if largest >= vocabulary:
+                    faults.add(name, f"has the id {largest} where the embedding has {vocabulary} rows")
 
 
 def _ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
@@ -119,8 +122,14 @@ def _read_files(folder: Path, faults: Faults) -> dict[str, dict[str, TensorInfo]
     return tensors
 
 
-def _check_quantization(own: Mapping[str, Any] | None, beside: Mapping[str, Any], faults: Faults) -> None:
+def _check_quantization(
+    own: Mapping[str, Any] | None, beside: Mapping[str, Any] | None, faults: Faults, *, tensorrt: bool
+) -> None:
     """config.json and hf_quant_config.json of ModelOpt: one is what vLLM reads, the other what TensorRT-LLM does."""
+    if beside is None:
+        if tensorrt and own is not None and own.get("quant_method") == "modelopt":
+            faults.add(_QUANTIZATION, "is missing, where TensorRT-LLM looks")
+        return
     said = beside.get("quantization")
     if not isinstance(said, Mapping):
         faults.add(_QUANTIZATION, "has no `quantization`")
@@ -142,24 +151,20 @@ def _names(modules: list[str] | None) -> list[str]:
     return sorted(modules or ())
 
 
-def _check_tensors(checkpoint: Checkpoint, faults: Faults, *, tensorrt: bool) -> tuple[int | None, set[str]]:
-    """Names, dtypes and shapes; returns the embedding's rows (None: config.json is unfit) and what does not fit."""
-    try:
-        config, reader = DecoderConfig.parse(checkpoint), open_quantized(checkpoint)
-        dtype = _usual_dtype(checkpoint, config)
-        expected = _layout(checkpoint, config, reader, dtype)
-        if reader is not None:
-            _check_excluded(config, reader, faults)
-            if tensorrt:
-                _check_smooth(config, reader, faults)
-    except LlmoptError as error:
-        faults.add("config.json", error.message.removeprefix("config.json "))
-        return None, set()
+def _check_tensors(checkpoint: Checkpoint, faults: Faults, *, tensorrt: bool) -> tuple[int, set[str]]:
+    """Names, dtypes and shapes; returns the rows of the embedding and what does not fit."""
+    config, reader = DecoderConfig.parse(checkpoint), open_quantized(checkpoint)
+    dtype = _usual_dtype(checkpoint, config)
+    expected = _layout(checkpoint, config, reader, dtype)
+    if reader is not None:
+        _check_excluded(config, reader, faults)
+        if tensorrt:
+            _check_smooth(config, reader, faults)
     present = {name: info for name, info in checkpoint.tensors.items() if not name.endswith(_IGNORED)}
     unfit = compare("weights", present, expected, faults)
     for key in ("dtype", "torch_dtype"):
         said = checkpoint.config.get(key)
-        if said in _DTYPES and _DTYPES[said] != dtype:
+        if _DTYPES.get(str(said), dtype) != dtype:
             faults.add("config.json", f"says `{key}: {said}` where the weights are {dtype}")
     return config.vocab_size, unfit
 

@@ -1,4 +1,4 @@
-"""Bundle mode: a checkpoint that `trtllm-serve` loads as it is, plain or in ModelOpt's Hugging Face format.
+"""Bundle mode: a checkpoint that `trtllm-serve` loads as it is: plain, in ModelOpt's format, or FP8 in blocks.
 
 Our other formats are converted where that loses nothing. What is loaded, from NVIDIA/TensorRT-LLM: the model table of
 docs/source/models/supported-models.md (1.0.0 to 1.3.0rc15), the linears of tensorrt_llm/_torch/modules/linear.py
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 FAMILIES = ("gemma3_text", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe")
 
 #: Of the algorithms that we can read, those that it loads; and those that experts can have.
-LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16")
-LOADED_EXPERTS = ("FP8", "W8A16")
+LOADED = ("FP8", "FP8_BLOCK_SCALES", "FP8_PER_CHANNEL_PER_TOKEN", "W4A16_AWQ", "W8A16")
+LOADED_EXPERTS = ("FP8", "FP8_BLOCK_SCALES", "W8A16")
 
 _QUANTIZATION = "hf_quant_config.json"
 #: Source: tensorrt_llm/_torch/attention_backend/trtllm.py (1.2 and 1.3.0rc), `kv_cache_scaling_factor`.
@@ -99,6 +99,12 @@ def _open(model: Path, settings: Settings) -> Source:
             f"`compile.dtype` cannot be `{settings.dtype}`: a bundle serves the checkpoint in its own dtype, {dtype}",
             hint="`auto`, or `mode: engine`, which casts",
         )
+    if settings.kv_cache == "none" and source.reader is not None and source.reader.encoding.kv_cache != "none":
+        raise SettingsError(
+            f"`compile.kv_cache` cannot be `none`: the server takes what the checkpoint says, "
+            f"`{source.reader.encoding.kv_cache}`",
+            hint="`auto`, or `mode: engine`, or quantize without `--kv-cache`",
+        )
     return source
 
 
@@ -107,7 +113,10 @@ def _is_converted(source: Source) -> bool:
     reader, checkpoint = source.reader, source.checkpoint
     if reader is None:
         return False
-    if checkpoint.config["quantization_config"].get("quant_method") != "modelopt":
+    said = checkpoint.config["quantization_config"]
+    if said.get("quant_method") == "fp8" and said.get("weight_block_size"):
+        return False  # DeepSeek's blocks, which it loads as they are (_torch/model_config.py, load_hf_quant_config)
+    if said.get("quant_method") != "modelopt":
         return True
     if not (checkpoint.path / _QUANTIZATION).is_file():
         return True
@@ -150,9 +159,11 @@ def _check_quantization(source: Source) -> None:
 
 
 def _algorithm(scheme: Scheme) -> str:
-    """ModelOpt's name of what it can hold; a zero point that is always the middle is none."""
+    """TensorRT-LLM's name of what it can hold; a zero point that is always the middle is none."""
     from llmopt.formats.modelopt import ALGORITHMS
 
+    if scheme.kind == "float" and scheme.group_size > 0:
+        return "FP8_BLOCK_SCALES"
     plain = replace(scheme, symmetric=True)
     return "W4A16_AWQ" if scheme.bits == 4 else next(name for name, other in ALGORITHMS.items() if other == plain)
 

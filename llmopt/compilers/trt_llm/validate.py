@@ -18,12 +18,14 @@ from llmopt.compilers.inspection import (
     Faults,
     Report,
     Seen,
+    check_counts,
     compare,
     conclude,
     look_at_all,
     read_json,
     read_tensors,
     stray_weights,
+    told,
 )
 from llmopt.compilers.model_check import check_model, check_tokenizer
 from llmopt.compilers.trt_llm.config import EngineConfig
@@ -39,13 +41,16 @@ _ENGINE, _BUNDLE = "checkpoint of TensorRT-LLM", "bundle for TensorRT-LLM"
 def validate(folder: Path, *, record: bool = False) -> Report:
     """Check a prepared artifact, or the folder of weights in it; `record` writes CHECKSUMS beside what is in order.
 
-    Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order.
+    Raises LlmoptError where it is none, CorruptError that lists the faults where it is not in order. What was prepared
+    for vLLM has the form of a bundle, and is checked too.
     """
-    if (folder / CHECKPOINT / "config.json").exists():
+    if (folder / CHECKPOINT).is_dir():
         return _engine(folder / CHECKPOINT, artifact=folder, record=record)
-    if (folder / MODEL / "config.json").exists():
-        report = check_model(folder / MODEL, _BUNDLE, tensorrt=True, record=record)
-        _check_bundle_split(folder)
+    if (folder / MODEL).is_dir():
+        for_vllm = (read_json(folder / _ABOUT, Faults()) or {}).get("target") == "vllm"
+        what = "checkpoint for vLLM" if for_vllm else _BUNDLE
+        report = check_model(folder / MODEL, what, tensorrt=not for_vllm, record=record)
+        _check_bundle_split(folder, what)
         return report
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
@@ -60,12 +65,16 @@ def validate(folder: Path, *, record: bool = False) -> Report:
     )
 
 
-def _check_bundle_split(artifact: Path) -> None:
-    """LlmoptError where the model cannot be split as engine.json says that the server will."""
+def _check_bundle_split(artifact: Path, what: str) -> None:
+    """CorruptError where the model cannot be split as engine.json says that the server will."""
     from llmopt.formats.reading import open_model
 
-    said = read_json(artifact / _ABOUT, Faults()) or {}
-    check_split(open_model(artifact / MODEL), said.get("tensor_parallel", 1), said.get("pipeline_parallel", 1))
+    faults = Faults()
+    said = read_json(artifact / _ABOUT, faults) if (artifact / _ABOUT).exists() else {}
+    with told(faults, _ABOUT):
+        parallel = [(said or {}).get(f"{kind}_parallel", 1) for kind in ("tensor", "pipeline")]
+        check_split(open_model(artifact / MODEL), parallel[0], parallel[1])
+    faults.check(artifact, what)
 
 
 def _engine(folder: Path, *, artifact: Path | None, record: bool) -> Report:
@@ -93,14 +102,12 @@ def _engine(folder: Path, *, artifact: Path | None, record: bool) -> Report:
 
 
 def _config(folder: Path, faults: Faults) -> EngineConfig | None:
-    said = read_json(folder / "config.json", faults)
-    if said is None:
-        return None
-    try:
-        return EngineConfig.parse(said)
-    except LlmoptError as error:
-        faults.add("config.json", error.message.removeprefix("config.json "))
-        return None
+    said, config = read_json(folder / "config.json", faults), None
+    if said is not None and check_counts("config.json", said, faults):
+        with told(faults, "config.json"):
+            if check_counts("config.json", said.get("mapping", {}), faults):
+                config = EngineConfig.parse(said)
+    return config
 
 
 def _check_about(artifact: Path, config: EngineConfig | None, faults: Faults) -> None:

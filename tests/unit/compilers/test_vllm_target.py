@@ -14,6 +14,7 @@ from llmopt import compilers
 from llmopt.artifacts.outcome import silent
 from llmopt.compilers.inspection import CHECKSUMS
 from llmopt.compilers.model_check import check_model
+from llmopt.compilers.trt_llm.validate import validate
 from llmopt.compilers.vllm_target import VLLM
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 from llmopt.formats.scheme import Scheme
@@ -114,9 +115,12 @@ def test_a_value_that_is_no_number_is_found_before_anything_is_delivered(make_ch
         prepared(model, tmp_path / "out")
 
 
-def test_what_changed_afterwards_is_found(make_checkpoint: Any, tmp_path: Path) -> None:
-    folder = prepared(make_checkpoint("llama"), tmp_path / "out") / "model"
-    assert check_model(folder, "checkpoint").digests > 0
+def test_what_changed_afterwards_is_found(make_checkpoint: Any, quantize: Any, tmp_path: Path) -> None:
+    """ModelOpt's without hf_quant_config.json, which vLLM can do without."""
+    out = prepared(quantize(make_checkpoint("llama"), FP8, "modelopt"), tmp_path / "out")
+    folder, report = out / "model", validate(out)
+    assert report.what == "checkpoint for vLLM"
+    assert report.digests == check_model(folder, "checkpoint").digests > 0
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     with pytest.raises(CorruptError, match=r"config\.json: has changed"):
         check_model(folder, "checkpoint")
@@ -129,7 +133,7 @@ def test_what_changed_afterwards_is_found(make_checkpoint: Any, tmp_path: Path) 
         ({"aot": False}, "`compile.aot` cannot be false"),
         ({"gpu": "H1000"}, "unknown hardware `H1000`"),
         ({"emit": ["k9s"]}, "`compile.emit` cannot be `k9s`"),
-        ({"build": {}}, "`compile` has no setting `build`"),
+        ({"build": {}}, "has no setting `build`"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

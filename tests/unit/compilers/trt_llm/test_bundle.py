@@ -18,6 +18,7 @@ from safetensors.torch import save_file as save_torch_file
 from llmopt.artifacts.outcome import silent
 from llmopt.compilers.trt_llm import bundle
 from llmopt.compilers.trt_llm.settings import Settings
+from llmopt.compilers.trt_llm.validate import validate
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats.reading import linears, open_model
 from llmopt.formats.scheme import Scheme
@@ -106,6 +107,37 @@ def test_mixed_algorithms_are_listed_where_older_versions_look(
     assert said["quantized_layers"]["model.layers.0.self_attn.q_proj"]["quant_algo"] == "W8A16"
 
 
+@pytest.fixture
+def blocks(make_checkpoint: Any, tmp_path: Path) -> Path:
+    """FP8 in blocks of 128 x 128, as DeepSeek and Qwen publish it."""
+    model = tmp_path / "blocks"
+    plain = make_checkpoint("llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    shutil.copytree(plain, model)
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if ".layers." in name and tensors[name].dim() == 2]:
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand(rows // 128, columns // 128) + 0.5
+    save_torch_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((model / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    said["quantization_config"]["weight_block_size"] = [128, 128]
+    (model / "config.json").write_text(json.dumps(said))
+    return model
+
+
+def test_fp8_in_blocks_is_loaded_as_it_is(blocks: Path, tmp_path: Path) -> None:
+    out = written(blocks, tmp_path / "out")
+    assert (out / "model.safetensors").read_bytes() == (blocks / "model.safetensors").read_bytes()
+    assert bundle.algorithm(open_model(blocks)) == "FP8_BLOCK_SCALES"
+    assert validate(out).tensors == len(load_file(out / "model.safetensors"))
+
+
+def test_blocks_that_ranks_would_split_are_refused(blocks: Path) -> None:
+    with pytest.raises(LlmoptError, match="k_proj` has 64 out-features on each of 2 GPUs, which groups of 128"):
+        bundle.check(blocks, replace(BUNDLE, tensor_parallel=2))
+
+
 def test_that_scales_of_the_kv_cache_stay_unused_is_told(make_checkpoint: Any, quantize: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(quantize(make_checkpoint("llama"), FP8, "modelopt"), model)
@@ -116,6 +148,8 @@ def test_that_scales_of_the_kv_cache_stay_unused_is_told(make_checkpoint: Any, q
     said = json.loads((model / "config.json").read_text())
     said["quantization_config"]["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     (model / "config.json").write_text(json.dumps(said))
+    with pytest.raises(SettingsError, match=r"`compile\.kv_cache` cannot be `none`"):
+        bundle.check(model, replace(BUNDLE, kv_cache="none"))
     out = tmp_path / "out"
     out.mkdir()
     events = bundle.write(model, out, BUNDLE, silent)

@@ -448,7 +448,23 @@ def test_an_artifact_needs_a_tokenizer_that_fits(tmp_path: Path) -> None:
     assert validate(tmp_path).ranks == 1
 
 
+def test_an_artifact_without_the_config_of_its_checkpoint_is_a_broken_one(tmp_path: Path) -> None:
+    config = LAYOUTS["plain"]
+    write(tmp_path / "checkpoint", config.to_json(), tensors_of(config))
+    (tmp_path / "checkpoint" / "config.json").unlink()
+    assert "config.json: is missing" in faults(tmp_path)
+
+
 def test_what_is_no_checkpoint_is_told_apart_from_a_broken_one(tmp_path: Path) -> None:
     with pytest.raises(LlmoptError, match="nothing that was prepared") as caught:
         validate(tmp_path)
     assert not isinstance(caught.value, CorruptError)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], [1], {"a": 1}, 10**30], ids=str)
+def test_a_value_of_another_type_is_a_fault_and_no_traceback(value: object, tmp_path: Path) -> None:
+    config = LAYOUTS["fp8-tp2"]
+    write(tmp_path, config.to_json(), tensors_of(config))
+    for key in ("dtype", "num_hidden_layers", "architecture", "mapping", "quantization"):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_json() | {key: value}))
+        assert "config.json: " in faults(tmp_path), key

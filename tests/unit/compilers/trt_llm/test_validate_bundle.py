@@ -18,7 +18,7 @@ from llmopt.compilers.inspection import CHECKSUMS, SCALES
 from llmopt.compilers.trt_llm import bundle
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.compilers.trt_llm.validate import validate
-from llmopt.errors import CorruptError, LlmoptError
+from llmopt.errors import CorruptError
 from llmopt.formats.scheme import Scheme
 from llmopt.models.writer import write_safetensors
 
@@ -327,5 +327,28 @@ def test_a_split_that_the_model_does_not_have_is_found(copied: Any, tmp_path: Pa
         if message is None:
             validate(tmp_path)
             continue
-        with pytest.raises(LlmoptError, match=message):
+        with pytest.raises(CorruptError, match=message):
             validate(tmp_path)
+
+
+@pytest.mark.parametrize("value", [True, "x", [1], {"a": 1}, 10**30], ids=str)
+@pytest.mark.parametrize(
+    ("file", "path", "key"),
+    [
+        ("config.json", [], "num_hidden_layers"),
+        ("config.json", [], "rms_norm_eps"),
+        ("config.json", [], "quantization_config"),
+        (QUANTIZATION, [], "quantization"),
+        (QUANTIZATION, ["quantization"], "exclude_modules"),
+        ("tokenizer.json", [], "added_tokens"),
+    ],
+)
+def test_a_value_of_another_type_is_no_traceback(
+    copied: Any, file: str, path: list[str], key: str, value: object
+) -> None:
+    folder, _ = copied("fp8")
+    edit(folder / file, path, **{key: value})
+    if key == "rms_norm_eps" and isinstance(value, int):
+        validate(folder)  # a number, if an odd one
+    else:
+        assert f"{file}: " in faults(folder)
