@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,10 +99,14 @@ def _located(session: opt.Session, model: str) -> str:
     """A path for the name of an artifact, or of a model of the hub (its config.json is fetched); others as given."""
     from pathlib import Path
 
-    if Path(model).exists() or re.fullmatch(r"\d+(\.\d+)?[mMbBtT]", model):
+    from llmopt.planner import shape
+
+    if Path(model).exists() or shape.parameter_count(model) is not None:
         return model
     from llmopt.pipeline import hub, inputs
 
+    if re.fullmatch(r"[\d.]{1,7}[a-zA-Z]?", model) and session.store.resolve(model) is None:
+        raise SettingsError(f"`{model}` is no number of parameters", hint="with its unit, for example `70B`")
     wanted = None if model.startswith((".", "~", "/")) else hub.Reference.parse(model)
     if wanted is not None and wanted.kind == "model":
         return str(hub.fetch_config(wanted, session.console.progress))
@@ -169,7 +175,7 @@ def _rows(hardware: str | None, prices: Sequence[str], session: opt.Session) -> 
     from llmopt.planner import hardware as table
 
     rows = [_here(session) if name == "here" else table.find(name) for name in _list(hardware)]
-    rows = rows or list(table.instances())
+    rows = list({row.name: row for row in rows}.values()) or list(table.instances())
     for text in prices:
         name, _, value = text.rpartition("=")
         try:
@@ -212,7 +218,7 @@ def _text(
 ) -> Iterator[str]:
     from llmopt.cli.tables import table
     from llmopt.planner.memory import kv_sequence_bytes, weight_bytes
-    from llmopt.planner.precision import PRECISIONS
+    from llmopt.planner.precision import KV_PRECISIONS, PRECISIONS
 
     counted = f"{_count(shape.parameters)} parameters"
     active = f", {_count(shape.active_parameters)} of them for each token" if shape.is_mixture else ""
@@ -221,27 +227,30 @@ def _text(
     yield "weights      " + ", ".join(f"{name} {_gb(size)}" for name, size in listed.items())
     if shape.stored_bytes is not None:
         yield f"             on disk {_gb(shape.stored_bytes)}"
-    cache = kv_sequence_bytes(shape, workload.total_tokens, "fp16")
-    yield f"KV cache     {_gb(cache)} for a request of {workload.total_tokens:,.0f} tokens, in fp16"
+    used = [name for name in KV_PRECISIONS if name in {option.kv_precision for option in found}]
+    caches = ", ".join(f"{name} {_gb(kv_sequence_bytes(shape, workload.total_tokens, name))}" for name in used)
+    yield f"KV cache     {caches} for a request of {workload.total_tokens:,.0f} tokens"
     flight = "" if workload.concurrency is None else f", {workload.concurrency} requests in flight"
     asked = "".join(f", {limit}" for limit in limits)
     yield f"workload     {workload.prompt_tokens:,.0f} tokens in, {workload.output_tokens:,.0f} out{flight}{asked}"
     yield ""
     shown = found if each_precision else _cheapest(found)
-    first = ["", "HARDWARE", *([] if each_precision else ["FITS IN"]), "PRECISION"]
-    head = [*first, "TP", "MEMORY", "BATCH", "TTFT ms", "TPOT ms", "TOKENS/s", "$/h", "$/1M"]
+    first = ["  HARDWARE", *([] if each_precision else ["FITS IN"]), "WEIGHTS"]
+    head = [*first, "TP", "GB", "BATCH", "TTFT", "TPOT", "TOK/S", "$/h", "$/1M"]
     fitting = sorted(
         (option for option in shown if option.fits), key=lambda option: (option is not chosen, *_order(option))
     )
     if fitting:
         yield table([head, *(_cells(option, found, chosen, each_precision) for option in fitting)], left=len(first))
     else:
-        yield "Nothing fits."
+        yield "Nothing fits that meets the limits." if limits else "Nothing fits."
     yield from _refused(found, [option for option in shown if not option.fits])
     yield ""
     if chosen is not None:
         yield f"* {'costs least a token' if chosen.usd_per_million is not None else 'is fastest for its devices'}"
-    yield from _notes(shape, found)
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    for note in _notes(shape, found):
+        yield textwrap.fill(note, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _cheapest(found: Sequence[Option]) -> list[Option]:
@@ -267,18 +276,17 @@ def _cells(option: Option, found: Sequence[Option], chosen: Option | None, each_
     assert memory is not None
     several = f"{option.instances} x " if option.instances > 1 else ""
     split = str(option.tensor_parallel) + (f"x{option.pipeline_parallel}" if option.pipeline_parallel > 1 else "")
-    replicas = f"{option.replicas} x " if option.replicas > 1 else ""
+    replicas = f"{option.replicas}x" if option.replicas > 1 else ""
     cost, price = option.usd_per_million, hardware.price_usd_h
     return [
-        "*" if option is chosen else "",
-        several + hardware.name,
+        ("* " if option is chosen else "  ") + several + hardware.name,
         *([] if each_precision else [" ".join(fitting)]),
         option.precision.name,
         split,
-        f"{memory.total / 1e9:.1f} of {hardware.memory_bytes / 1e9:.0f} GB",
+        f"{memory.total / 1e9:.1f}/{hardware.memory_bytes / 1e9:.0f}",
         f"{replicas}{option.batch}",
-        "-" if prediction is None else f"{1e3 * prediction.ttft_s:,.0f}",
-        "-" if prediction is None else f"{1e3 * prediction.tpot_s:,.1f}",
+        "-" if prediction is None else _ms(prediction.ttft_s),
+        "-" if prediction is None else _ms(prediction.tpot_s),
         "-" if option.tokens_s is None else f"{option.tokens_s:,.0f}",
         _usd(None if price is None else price * option.instances),
         _usd(cost),
@@ -300,14 +308,21 @@ def _notes(shape: ModelShape, found: Sequence[Option]) -> Iterator[str]:
     for note in shape.notes:
         yield f"note: {note}"
     if any(option.hardware.price_usd_h is None for option in found):
-        yield "note: `?`: price not known, give it with `--price`"
-    yield "Predicted, not measured: TOKENS/s of output, of all replicas of the instances; MEMORY of the fullest device."
-    for kind in sorted({option.hardware.kind for option in found} & set(EFFICIENCIES)):
-        row = EFFICIENCIES[kind]
-        reached = f"{row.bandwidth:.0%} of the bandwidth and {row.compute:.0%} of the operations"
-        yield f"{kind.upper()}: {reached} are reached unless a row says otherwise, {row.source}"
-    prices = sorted({row.price_source for row in (option.hardware for option in found) if row.price_usd_h is not None})
-    for source in prices:
+        yield "note: `?`: price not known, give it with `--price` (0 where it is paid for anyway)"
+    yield (
+        "Predicted, not measured. GB: what the fullest device holds, of what it has. BATCH: requests at once, of each "
+        "replica. TTFT, TPOT: mean milliseconds to the first token and from token to token. TOK/S: of output, of all "
+        "replicas. $/1M: for a million of them."
+    )
+    rows = {option.hardware.name: option.hardware for option in found}
+    if "here" in rows:
+        yield f"here: {rows['here'].source}"
+    told = {row.kind for row in rows.values() if row.bandwidth_efficiency is None or row.compute_efficiency is None}
+    for kind in sorted(told & set(EFFICIENCIES)):
+        share = EFFICIENCIES[kind]
+        reached = f"{100 * share.bandwidth:.0f} % of the bandwidth and {100 * share.compute:.0f} % of the operations"
+        yield f"{kind.upper()}: {reached} are reached unless a row says otherwise, {share.source}"
+    for source in sorted({row.price_source for row in rows.values() if row.price_usd_h is not None}):
         yield f"prices: {source}"
     yield "A narrower precision changes answers: `llmopt eval --against` measures how much."
 
@@ -316,6 +331,10 @@ def _gb(size: float) -> str:
     """In 10^9 bytes, as data sheets and model cards count."""
     gb = size / 1e9
     return f"{gb:.0f} GB" if gb >= 99.5 else f"{gb:.1f} GB" if gb >= 1 else f"{size / 1e6:.1f} MB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.1f}"
 
 
 def _count(parameters: int) -> str:

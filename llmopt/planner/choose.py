@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -88,6 +87,11 @@ class Option:
         return self.reason is None
 
     @property
+    def devices(self) -> int:
+        """That share one replica."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
     def tokens_s(self) -> float | None:
         """Output tokens a second of all instances."""
         return (
@@ -129,23 +133,21 @@ def options(
 
 
 def best(found: Sequence[Option]) -> Option | None:
-    """The cheapest a token; where no price is known, the fastest for its devices; None where nothing fits.
-
-    On the same hardware the first of what is as good, so the wider precision.
+    """The cheapest a token; where no price is known, or none is asked, the fastest for its devices; None where nothing
+    fits. On the same hardware the first of what is as good, so the wider precision.
     """
     usable = [option for option in found if option.fits and option.tokens_s]
+    free = [option for option in usable if option.usd_per_million == 0]
     priced = [option for option in usable if option.usd_per_million is not None]
-    ranked = sorted(priced or usable, key=_merit, reverse=True)
+    ranked = sorted(free or priced or usable, key=_merit, reverse=True)
     alike = [each for each in found if ranked and each in ranked and each.hardware is ranked[0].hardware]
     return next((each for each in alike if _merit(each) >= AS_GOOD * _merit(ranked[0])), None)
 
 
 def _merit(option: Option) -> float:
-    """Tokens for a dollar, or a second of a device."""
+    """Tokens for a dollar, or a second of a device where none is paid."""
     cost, rate = option.usd_per_million, option.tokens_s or 0.0
-    if cost is None:
-        return rate / option.hardware.devices
-    return math.inf if cost == 0 else 1 / cost
+    return 1 / cost if cost else rate / option.hardware.devices
 
 
 def _option(
@@ -176,8 +178,8 @@ def _option(
         return max(usable, key=_value)
     if not tried:
         return _without(base, f"{row.name} has {row.devices} device{'s' * (row.devices > 1)}, not {tensor_parallel}")
-    # What is wrong on the most devices is wrong on fewer; too slow says more than too large.
-    return max(tried, key=lambda option: (option.memory is not None, option.tensor_parallel * option.pipeline_parallel))
+    # What is wrong on the most devices is wrong on fewer; too slow says more than too large, and the fastest most.
+    return max(tried, key=lambda option: (option.memory is not None, option.tokens_s or 0.0, option.devices))
 
 
 def _value(option: Option) -> float:

@@ -126,5 +126,5 @@ def _instance(name: str, row: Mapping[str, Any], devices: Mapping[str, Hardware]
 
 
 def _multiple(name: str) -> tuple[int | None, str]:
-    count, times, rest = name.partition("x")
+    count, times, rest = name.strip().lower().partition("x")
     return (int(count), rest) if times and count.isdigit() and int(count) > 0 else (None, name)

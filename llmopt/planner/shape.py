@@ -136,7 +136,7 @@ def read(reference: str) -> ModelShape:
 
     A folder's tensors are counted too, where it has them. Raises LlmoptError for what cannot be read.
     """
-    count = _count(reference)
+    count = parameter_count(reference)
     path = Path(reference)
     if count is not None and not path.exists():
         return of_count(count, reference)
@@ -200,8 +200,8 @@ def of_count(count: int, name: str) -> ModelShape:
     return replace(like, scale=count / like.parameters, notes=(note,))
 
 
-def _count(reference: str) -> int | None:
-    """`70B` or `0.5b` as a number of parameters; None for what does not look like one."""
+def parameter_count(reference: str) -> int | None:
+    """`70B` or `0.5b` as a number of parameters; None for what does not look like one; SettingsError for none."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mbt])", reference.strip().lower())
     if match is None:
         return None

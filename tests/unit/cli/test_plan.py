@@ -126,6 +126,8 @@ def test_a_quantized_artifact_is_planned_as_it_lies(llmopt: Llmopt, make_checkpo
         (("8B", "--prompt-tokens", "1000000"), 2, "longer than the 131,072 of the model"),
         (("0B",), 2, "no number of parameters"),
         (("./nothing",), 1, "no model at `./nothing`"),
+        (("70",), 2, "`70` is no number of parameters"),
+        (("70X",), 2, "`70X` is no number of parameters"),
         (("nothing",), 1, "no folder and no artifact `nothing`"),
     ],
 )
@@ -143,6 +145,26 @@ def test_nothing_that_fits_is_an_answer(llmopt: Llmopt) -> None:
     assert ran.code == 0
     assert "Nothing fits." in ran.out
     assert ran.out.count("g4dn.xlarge ") == 5
+
+
+def test_what_fits_but_is_too_slow_is_told_apart(llmopt: Llmopt) -> None:
+    ran = llmopt("plan", "8B", "--hardware", "g6.xlarge", "--slo", "ttft_p99_ms<=1")
+    assert (ran.code, "Nothing fits that meets the limits." in ran.out) == (0, True)
+
+
+@pytest.mark.parametrize(("arguments", "width"), [((), 120), (("--hardware", "g5.48xlarge,p4d.24xlarge"), 80)])
+def test_the_table_and_the_notes_stay_within_a_terminal(
+    llmopt: Llmopt, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = llmopt("plan", "70B", *arguments).out
+    notes = out[out.index("* costs least") :].splitlines()
+    assert max(len(line) for line in [*rows(out), *notes]) <= width
+
+
+def test_hardware_named_twice_is_one_row(llmopt: Llmopt) -> None:
+    report = llmopt("plan", "8B", "--hardware", "H100,h100", "--precision", "fp8", "--json").json
+    assert len(report["options"]) == 1
 
 
 def test_planning_loads_no_torch() -> None:

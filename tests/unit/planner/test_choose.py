@@ -151,6 +151,18 @@ def test_a_rate_that_is_not_reached_is_the_reason(published: dict[str, ModelShap
     assert "less than the 1,000,000 asked for" in (option.reason or "")
 
 
+def test_the_rate_that_is_told_is_the_best_of_all_splits(published: dict[str, ModelShape]) -> None:
+    limit = Limit(metric="tokens_per_s", limit=1e6)
+
+    def reached(ranks: int | None) -> float:
+        option = planned(published["Llama-3.1-70B"], "g5.48xlarge", "int8", limits=[limit], tensor_parallel=ranks)
+        assert option.tokens_s is not None
+        return option.tokens_s
+
+    assert reached(None) == max(reached(4), reached(8))
+    assert reached(4) > reached(8)
+
+
 def test_later_percentiles_of_the_first_token_are_stricter(published: dict[str, ModelShape]) -> None:
     batches = [
         planned(
@@ -240,6 +252,15 @@ def test_what_is_free_is_best(published: dict[str, ModelShape]) -> None:
     chosen = best(found)
     assert chosen is not None
     assert (chosen.hardware.name, chosen.usd_per_million) == ("c7i.8xlarge", 0)
+
+
+def test_of_what_is_free_the_fastest_is_best(published: dict[str, ModelShape]) -> None:
+    rows = [hardware.find(name).priced(0) for name in ("m7i.8xlarge", "c7i.24xlarge")]
+    found = options(published["Llama-3.1-8B"], rows, list(PRECISIONS.values()), workload=Workload())
+    chosen = best(found)
+    assert chosen is not None
+    assert chosen.hardware.name == "c7i.24xlarge"
+    assert chosen.tokens_s == pytest.approx(max(option.tokens_s for option in found if option.tokens_s), rel=0.02)
 
 
 def test_without_prices_the_best_is_the_fastest_for_its_devices(published: dict[str, ModelShape]) -> None:

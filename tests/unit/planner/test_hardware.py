@@ -78,3 +78,7 @@ def test_a_part_of_a_socket_has_that_part_of_its_bandwidth() -> None:
 def test_a_users_price_replaces_the_tables() -> None:
     row = hardware.find("g5.48xlarge").priced(9.99)
     assert (row.price_usd_h, row.price_source) == (9.99, "given")
+
+
+def test_a_number_of_devices_is_read_whatever_the_case() -> None:
+    assert hardware.find("8XH100") == hardware.find("8xh100") == hardware.find("8xH100")

@@ -18,6 +18,7 @@ def test_this_machine_is_a_row_of_hardware() -> None:
     assert set(row.flops) == {"fp32", "fp16", "int8"}
     assert all(1e9 < rate < 1e15 for rate in row.flops.values())
     assert unsupported(PRECISIONS["w4a16"], row) is None
+    assert "34.0 GB/s of memory" in row.source
     assert unsupported(PRECISIONS["fp8"], row) == "here has no FP8 arithmetic"
 
 

@@ -100,6 +100,31 @@ def test_decoding_alone_waits_for_the_weights(published: dict[str, ModelShape]) 
     assert step > weight_bytes(placement.shape, FP16, 4) / 3.35e12
 
 
+@pytest.mark.parametrize("name", ["fp16", "fp8", "w4a16"])
+@pytest.mark.parametrize(("row", "ranks"), [("L4", 1), ("8xH100", 2), ("8xH100", 8), ("8xL40S", 8)])
+def test_nothing_is_faster_than_the_peaks(row: str, ranks: int, name: str, published: dict[str, ModelShape]) -> None:
+    shape, precision = published["Llama-3.1-8B"], PRECISIONS[name]
+    placement = _placement(shape, precision, row, ranks)
+    devices = placement.hardware
+    # What 2 operations a parameter and token take at least, and what reading all but the embedding takes.
+    products = 2 * (shape.parameters - 2 * shape.embedding)
+    assert prompts_s(placement, 1024) > 1024 * products / (ranks * devices.flops[precision.arithmetic])
+    read = weight_bytes(shape, precision) - 2 * shape.embedding
+    for batch in (1, 16, 256):
+        cache = batch * kv_sequence_bytes(shape, 1024, "fp16")
+        assert step_s(placement, batch, 1024)[0] > (read + cache) / (ranks * devices.bandwidth_bytes_s)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-70B", "Qwen3-235B-A22B"])
+def test_twice_the_devices_are_never_twice_as_fast(name: str, published: dict[str, ModelShape]) -> None:
+    for batch in (1, 32, 512):
+        rates = [
+            predict(_placement(published[name], FP8, "8xH200", ranks), Workload(), batch).tokens_s
+            for ranks in (1, 2, 4, 8)
+        ]
+        assert all(slow < fast < 2 * slow for slow, fast in itertools.pairwise(rates))
+
+
 def test_a_large_batch_waits_for_the_products(published: dict[str, ModelShape]) -> None:
     placement = _placement(published["Llama-3.1-8B"], FP16, "A10G", 1)
     assert step_s(placement, 512, 10)[1] == "compute"
