@@ -79,6 +79,9 @@ def compile_(
     timeout: Annotated[
         float | None, opt.option("--timeout", metavar="S", help="Seconds that the build may take.")
     ] = None,
+    timing_cache: Annotated[
+        str | None, opt.option("--timing-cache", metavar="FILE", help="The `timing.cache` of an earlier build.")
+    ] = None,
     resume: Annotated[
         bool, opt.option("--resume", help="SOURCE is a prepared engine: build it here, on its GPU.")
     ] = False,
@@ -124,27 +127,29 @@ def compile_(
     if validate or resume:
         _refuse_settings("--validate" if validate else "--resume", profile, given, overrides)
     if validate:
-        beside = {"resume": resume or None, "builder": builder, "timeout": timeout, "out": out, "name": name}
+        beside = {
+            "resume": resume or None,
+            "builder": builder,
+            "timeout": timeout,
+            "timing-cache": timing_cache,
+            "out": out,
+            "name": name,
+        }
         _refuse_beside_validate(beside)
         return _validate(session, source)
     delivery = Delivery(session, out=out, name=name)
-    with_builder = opt.builder(builder)
-    if timeout is not None and (timeout <= 0 or with_builder is None):
-        hint = "it is of the build: name a `--builder`" if timeout > 0 else "a number of seconds"
-        raise SettingsError(f"`--timeout` cannot be `{timeout:g}`", hint=hint)
+    with_builder = opt.builder(builder, timeout_s=timeout, timing_cache=timing_cache)
     if resume:
         if with_builder is None:
             raise SettingsError(
                 "`--resume` needs to know what builds", hint="`--builder PYTHON` with tensorrt_llm, or `docker:IMAGE`"
             )
         prepared = inputs.resolve(session.store, source)
-        result = plan.build_engine(session.store, prepared, with_builder, session.console.progress, timeout_s=timeout)
+        result = plan.build_engine(session.store, prepared, with_builder, session.console.progress)
     else:
         settings = opt.overridden(opt.settings(profile, "compile", **given), overrides)
         model = inputs.model(session.store, source, session.console.progress)
-        result = plan.compile_model(
-            session.store, model, settings, session.console.progress, builder=with_builder, timeout_s=timeout
-        )
+        result = plan.compile_model(session.store, model, settings, session.console.progress, builder=with_builder)
     delivery.deliver(result)
     return int(Exit.BACKEND_MISSING if result.status == "prepared" else Exit.OK)
 

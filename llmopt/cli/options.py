@@ -6,8 +6,9 @@ and at last the stage's own default can speak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -96,13 +97,19 @@ def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[st
     return found
 
 
-def builder(text: str | None) -> GpuBuilder | None:
-    """The value of `--builder`, checked as far as that needs no GPU; None without one."""
+def builder(text: str | None, *, timeout_s: float | None = None, timing_cache: str | None = None) -> GpuBuilder | None:
+    """The value of `--builder` with what else is said of a build, as far as that needs no GPU; None without one."""
+    if timeout_s is not None and timeout_s <= 0:
+        raise SettingsError(f"`--timeout` cannot be `{timeout_s:g}`", hint="a number of seconds")
+    for flag, value in (("--timeout", timeout_s), ("--timing-cache", timing_cache)):
+        if text is None and value is not None:
+            raise SettingsError(f"`{flag}` is of a build, and nothing is built", hint="name a `--builder`")
     if text is None:
         return None
-    from llmopt.compilers.trt_llm.builder import Builder
+    from llmopt.compilers.trt_llm.builder import TIMEOUT_S, Builder
 
-    return Builder.parse(text)
+    cache = None if timing_cache is None else Path(timing_cache)
+    return replace(Builder.parse(text), timeout_s=timeout_s or TIMEOUT_S, timing_cache=cache)
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

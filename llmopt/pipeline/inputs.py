@@ -154,8 +154,11 @@ def text(file: str | Path, *, kind: str = "text") -> Input:
     """A text, or a file of rows, to calibrate on or to evaluate with."""
     path = Path(file)
     if not path.is_file():
-        hints = {"results": "give the result file of `vllm bench serve`, guidellm or aiperf"}
-        what = {"results": "result file", "workload": "workload file"}.get(kind, "text file")
+        hints = {
+            "results": "give the result file of `vllm bench serve`, guidellm or aiperf",
+            "timing cache": "give the `timing.cache` of an earlier build",
+        }
+        what = {"results": "result file", "workload": "workload file", "timing cache": kind}.get(kind, "text file")
         raise LlmoptError(f"no {what} at `{path}`", hint=hints.get(kind, "give a file of plain UTF-8 text"))
     return _input(describe(path, kind), path, path.name, files=(path,))
 

@@ -162,7 +162,6 @@ def compile_model(
     progress: Progress,
     *,
     builder: Builder | None = None,
-    timeout_s: float | None = None,
 ) -> StageResult:
     """The engine of `llmopt compile`; one of a staged target is built only where there is a `builder`."""
     if not stages.is_staged(settings):
@@ -171,14 +170,12 @@ def compile_model(
     prepared = runner.run(store, stages.compile_prepare(model, made, settings), progress)
     if builder is None:
         return prepared
-    return build_engine(store, inputs.product(prepared), builder, progress, timeout_s=timeout_s)
+    return build_engine(store, inputs.product(prepared), builder, progress)
 
 
-def build_engine(
-    store: Store, prepared: Input, builder: Builder, progress: Progress, *, timeout_s: float | None = None
-) -> StageResult:
-    """The engine of a prepared artifact, built on this machine within so many seconds."""
-    return runner.run(store, stages.compile_build(prepared, builder, timeout_s=timeout_s), progress)
+def build_engine(store: Store, prepared: Input, builder: Builder, progress: Progress) -> StageResult:
+    """The engine of a prepared artifact, built on this machine."""
+    return runner.run(store, stages.compile_build(prepared, builder), progress)
 
 
 def quantize_stage(

@@ -249,7 +249,7 @@ def compile_prepare(model: Input, plan: Input, settings: Mapping[str, Any]) -> S
     )
 
 
-def compile_build(prepared: Input, builder: Builder, *, timeout_s: float | None = None) -> Stage:
+def compile_build(prepared: Input, builder: Builder) -> Stage:
     """The engine that a prepared artifact is for, built on this machine's GPU by the software that `builder` names.
 
     Its key has that software and the GPU, so both are looked at here. Raises BackendMissingError where they are not
@@ -260,6 +260,7 @@ def compile_build(prepared: Input, builder: Builder, *, timeout_s: float | None 
     from llmopt.compilers.trt_llm import builder as builders
 
     inputs.require(prepared, "compile --resume", "engine")
+    cache = None if builder.timing_cache is None else inputs.text(builder.timing_cache, kind="timing cache")
     artifact = build.Prepared.read(prepared.path)
     gpus, _ = build.refuse_mismatch(artifact, gpu.probe())
     found = builders.versions(builder)
@@ -269,14 +270,14 @@ def compile_build(prepared: Input, builder: Builder, *, timeout_s: float | None 
         action=Action(
             op="compile.tensorrt-llm.build",
             op_version=compilers.OP_VERSION,
-            inputs=_ids(prepared=prepared),
+            inputs=_ids(prepared=prepared, timing_cache=cache),
             settings={},
             code=provenance.code_digest("compile.tensorrt-llm"),
             deps={name: version for name, version in found.items() if version is not None},
             target={name: value for name, value in device.items() if value is not None},
         ),
         check=lambda: None,
-        produce=lambda out, progress: target.build(prepared.path, out, builder, progress, timeout_s),
+        produce=lambda out, progress: target.build(prepared.path, out, builder, progress),
     )
 
 

@@ -27,9 +27,8 @@ from llmopt.compilers.trt_llm.builder import MODULES, Builder, Container, versio
 from llmopt.compilers.trt_llm.child import Child, how, last_lines, out_of_memory, running
 from llmopt.compilers.trt_llm.commands import PLACEHOLDERS
 from llmopt.compilers.trt_llm.gpu import Gpu, Probe, probe
-from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, SettingsError
+from llmopt.errors import BackendMissingError, CorruptError, LlmoptError
 
-TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _PLACEHOLDER = re.compile(r"\{[a-z_]+\}")
 _PREPARED, _OUT = "/llmopt/prepared", "/llmopt/out"  # in a container
 #: So that output comes as it is written, and that nothing is reported to a server (tensorrt_llm/usage, from 1.3 on).
@@ -122,37 +121,33 @@ def run(
     out: Path,
     builder: Builder,
     *,
-    timeout_s: float = TIMEOUT_S,
     progress: Progress,
-    timing_cache: Path | None = None,
 ) -> Built:
     """Build `prepared` into the folder `out`: `engine/`, `timing.cache` and `build.log`; for a bundle the log alone.
 
-    timing_cache: of an earlier build, to begin with. While it runs, the log lies outside `out`, and stays there if the
+    While it runs, the log lies outside `out`, and stays there if the
     build fails or is interrupted; the error says where. Raises BackendMissingError where this machine or the builder
     is not what the artifact needs, before anything runs.
     """
     artifact, out = Prepared.read(prepared), out.absolute()
-    if timing_cache is not None and not timing_cache.is_file():
-        raise SettingsError(f"there is no timing cache `{timing_cache}`", hint="an earlier build has a `timing.cache`")
     gpus, visible = refuse_mismatch(artifact, probe())
     found = versions(builder)
     _refuse_version(artifact, builder, found)
     began_s = time.monotonic()
     with _log(out, progress) as log, _work(out) as work:
         place = _Place(artifact, out, builder, work, visible)
-        deadline_s = began_s + timeout_s
+        deadline_s = began_s + builder.timeout_s
         observed: dict[str, Json] = {}
         if artifact.mode == "engine":
-            if timing_cache is not None:
-                shutil.copyfile(timing_cache, out / "timing.cache")
+            if builder.timing_cache is not None:
+                shutil.copyfile(builder.timing_cache, out / "timing.cache")
             (out / "engine").mkdir()
             for command in artifact.build:
-                _build(place, command, log, progress, deadline_s, timeout_s)
+                _build(place, command, log, progress, deadline_s, builder.timeout_s)
             if faults := engine_faults(out / "engine", artifact, str(found["tensorrt_llm"])):
                 raise LlmoptError(f"the build left no usable engine: {'; '.join(faults)}", hint=last_lines(log))
         else:
-            observed = _observe(place, log, progress, deadline_s, timeout_s)
+            observed = _observe(place, log, progress, deadline_s, builder.timeout_s)
     return Built(
         builder=str(builder),
         gpus=gpus,

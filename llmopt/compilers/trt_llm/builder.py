@@ -21,6 +21,7 @@ MODULES: Mapping[str, str] = {
     "trtllm-build": "tensorrt_llm.commands.build",
     "trtllm-serve": "tensorrt_llm.commands.serve",
 }
+TIMEOUT_S = 4 * 3600.0  # 70B parameters on eight ranks, one after the other, take more than an hour
 _VERSIONS_TIMEOUT_S = 120.0  # a container's first start
 _MARK = "llmopt-versions "
 
@@ -51,10 +52,15 @@ print("llmopt-versions " + json.dumps(found))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Builder:
-    """Where TensorRT-LLM runs. name: the interpreter's path, or the image's name."""
+    """Where TensorRT-LLM runs. name: the interpreter's path, or the image's name.
+
+    timeout_s: that one build may take there, in all; timing_cache: of an earlier one, to begin with.
+    """
 
     kind: Literal["python", "docker"]
     name: str
+    timeout_s: float = TIMEOUT_S
+    timing_cache: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Builder:

@@ -68,14 +68,14 @@ class TensorRTLLM(Settings):
         )
 
 
-def build(prepared: Path, out: Path, builder: Builder, progress: Progress, timeout_s: float | None) -> Outcome:
+def build(prepared: Path, out: Path, builder: Builder, progress: Progress) -> Outcome:
     """The engine of a prepared artifact, made and looked at by `build.run`, with what serves it.
 
     What was seen on the way (the log, how long it took, what the server answered) is no part of the engine.
     """
     from llmopt.compilers.trt_llm import build
 
-    built = build.run(prepared, out, builder, progress=progress, timeout_s=timeout_s or build.TIMEOUT_S)
+    built = build.run(prepared, out, builder, progress=progress)
     log = out / "build.log"
     byproducts = {"build.log": log.read_text(encoding="utf-8", errors="replace")}
     log.unlink()

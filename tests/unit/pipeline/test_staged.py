@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -100,6 +101,18 @@ def test_a_build_records_what_it_was_built_with(prepare: Any, store: Store, buil
     assert (said["status"], said["driver"], said["versions"]["tensorrt"]) == ("compiled", "570.86.15", "10.13.3")
     assert [each["kind"] for each in lineage(store, built.artifact)] == ["engine", "engine", "model"]
     assert plan.build_engine(store, inputs.product(prepared), builder, silent).cached
+
+
+def test_a_timing_cache_to_begin_with_is_an_input(prepare: Any, store: Store, builder: Builder, tmp_path: Path) -> None:
+    prepared = inputs.product(prepare())
+    (tmp_path / "earlier").write_text("timings")
+    keys = {
+        stages.compile_build(prepared, dataclasses.replace(builder, timing_cache=cache)).action.key
+        for cache in (None, tmp_path / "earlier")
+    }
+    assert len(keys) == 2
+    with pytest.raises(LlmoptError, match="no timing cache at"):
+        stages.compile_build(prepared, dataclasses.replace(builder, timing_cache=tmp_path / "none"))
 
 
 def test_the_log_is_kept_beside_the_engine_and_not_in_it(prepare: Any, store: Store, builder: Builder) -> None:
