@@ -71,6 +71,12 @@ def share_had() -> float:
     return (time.process_time() - cpu) / (time.perf_counter() - wall) / len(os.sched_getaffinity(0))
 
 
+def require_quiet() -> None:
+    """Skip where nothing that is measured now would mean anything."""
+    if (share := share_had()) < 0.85:
+        pytest.skip(f"other processes take {1 - share:.0%} of this machine: run it when it has nothing else to do")
+
+
 def faster(one: Hardware, other: Hardware) -> Hardware:
     """The best of two measurements of one machine: what else ran meanwhile makes it slower only."""
     flops = {name: max(rate, other.flops[name]) for name, rate in one.flops.items()}
@@ -79,8 +85,7 @@ def faster(one: Hardware, other: Hardware) -> Hardware:
 
 def test_predictions_for_the_cpu_engine(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     """Within a factor of two in the geometric mean of the rates."""
-    if (share := share_had()) < 0.85:
-        pytest.skip(f"other processes take {1 - share:.0%} of this machine: run it when it has nothing else to do")
+    require_quiet()
     model, store = make_checkpoint("llama", **SIZES), tmp_path / "store"
     shape, workload = read(str(model)), Workload(prompt_tokens=PROMPT, output_tokens=OUTPUT)
     print(f"\n{shape.parameters / 1e6:.0f}M parameters, {PROMPT} tokens in, {OUTPUT} out")
@@ -91,6 +96,7 @@ def test_predictions_for_the_cpu_engine(tmp_path: Path, make_checkpoint: Callabl
         engine = llmopt(store, "compile", source)["artifact"]
         before = machine()
         found = measured(store, engine)
+        require_quiet()
         placement = Placement(
             shape=shape, precision=find(name), hardware=faster(before, machine()), kv_precision="int8"
         )
