@@ -219,7 +219,7 @@ def _array(argv: Sequence[str], variables: Mapping[str, str]) -> str:
 
 
 def _build_script(settings: Settings) -> str:
-    variables = {"{checkpoint}": "$here/checkpoint", "{engine}": "$partial", "{timing_cache}": "$here/timing.cache"}
+    variables = {"{checkpoint}": "$here/checkpoint", "{engine}": "$partial", "{timing_cache}": "$beside/timing.cache"}
     return _fill("build.sh", settings, {"command": _array(build_command(settings), variables)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,14 +13,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.compilers import deploy
 from llmopt.compilers.trt_llm.settings import Settings
-from llmopt.models.companions import copy_companions
+from llmopt.models.companions import COMPANIONS, copy_companions
 
 if TYPE_CHECKING:
     from llmopt.compilers.trt_llm.builder import Builder
     from llmopt.compilers.trt_llm.plan import Plan
 
-#: What a prepared artifact has for the build alone, and an engine no longer needs.
-_FOR_THE_BUILD = ("checkpoint", "build.sh", "build_config.json")
+#: What of a prepared artifact goes with the engine: what serves it, never what else lies in the user's folder.
+_FOR_SERVING = (
+    *("model", "deploy", "plan.json", "commands.json", "serve.yaml", "serve.sh", "health.sh", "config.json"),
+    *COMPANIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +55,7 @@ class TensorRTLLM(Settings):
         from llmopt.compilers.trt_llm.plan import deployment, facts, make
 
         made = make(model, self)
+        _check_space(out, sum(made.rank_bytes))
         shutil.copyfile(plan / "plan.json", out / "plan.json")
         events = _write_weights(model, made, out, progress)
         paged = rules.has_paged_context(made.settings, quant_algo=made.quant_algo, kv_cache=made.kv_cache)
@@ -81,9 +86,9 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress) -> Ou
     log.unlink()
     if built.observed:
         byproducts["observed.json"] = json.dumps(built.observed, indent=2)
-    for item in sorted(prepared.iterdir()):
-        if item.name not in (*_FOR_THE_BUILD, "engine.json", "llmopt.json"):
-            _link(item, out / item.name)
+    for name in _FOR_SERVING:
+        if (prepared / name).exists():
+            _link(prepared / name, out / name)
     if (out / "engine").is_dir():
         copy_companions(prepared, out / "engine")  # so that a server can be given this folder alone
     said = json.loads((prepared / "engine.json").read_text(encoding="utf-8"))
@@ -96,6 +101,12 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress) -> Ou
     _write_json(out / "engine.json", {**said, **about, "status": "compiled"})
     metrics = {"runtime": "TensorRT-LLM", "mode": said["mode"], "version": said["version"], **about}
     return Outcome(status="compiled", metrics=metrics, byproducts=byproducts)
+
+
+def _check_space(out: Path, size: int) -> None:
+    """OSError of a full disk, before the first byte and not after the minutes that most of them take."""
+    if shutil.disk_usage(out).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
 
 
 def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tuple[str, ...]:

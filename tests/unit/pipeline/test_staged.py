@@ -16,7 +16,7 @@ import pytest
 
 from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
-from llmopt.compilers.trt_llm import gpu
+from llmopt.compilers.trt_llm import checkpoint, gpu
 from llmopt.compilers.trt_llm.builder import Builder
 from llmopt.errors import BackendMissingError, LlmoptError, SettingsError
 from llmopt.pipeline import inputs, plan, stages
@@ -201,6 +201,33 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(error, match=message):
         prepare(**settings)
     assert not (store.root / "manifests").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    prepare: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(store.root.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    monkeypatch.setattr(checkpoint, "write", lambda *_: pytest.fail("it was written to"))
+    with pytest.raises(LlmoptError, match="too little space on the disk of the store"):
+        prepare()
+    assert not list((store.root / "tmp").iterdir())
+
+
+def test_what_else_lies_in_a_copy_is_no_part_of_the_engine(
+    prepare: Any, store: Store, builder: Builder, tmp_path: Path
+) -> None:
+    """`build.sh` leaves an engine of its own there; the action's key knows nothing of it."""
+    prepared = prepare()
+    store.export(prepared.artifact, tmp_path / "copied")
+    (tmp_path / "copied" / "engine").mkdir()
+    (tmp_path / "copied" / "engine" / "rank0.engine").write_text("another")
+    (tmp_path / "copied" / "timing.cache").write_text("another")
+    (tmp_path / "copied" / "notes").write_text("mine")
+    own = plan.build_engine(store, inputs.product(prepared), builder, silent)
+    other = Store.open(str(tmp_path / "other"))
+    built = plan.build_engine(other, inputs.resolve(other, str(tmp_path / "copied")), builder, silent)
+    assert built.artifact == own.artifact
 
 
 def test_an_engine_is_no_prepared_artifact(store: Store, tiny: Path, builder: Builder, tmp_path: Path) -> None:

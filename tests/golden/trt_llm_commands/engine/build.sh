@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the engines for TensorRT-LLM 1.2.1.
-# Usage: [PYTHON=python3] bash build.sh [FOLDER]    (engine/ beside this script)
+# Usage: [PYTHON=python3] bash build.sh [FOLDER]    (engine/ beside this script); timing.cache comes beside it
 set -euo pipefail
 
 here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -40,9 +40,11 @@ check_gpus() { # architecture or nothing, number of GPUs
 check_version 1.2.1
 check_gpus '' 1
 
-engine="${1:-$here/engine}"
+engine="$(realpath --canonicalize-missing -- "${1:-$here/engine}")"
 partial="$engine.partial"
+beside="$(dirname -- "$engine")"
 [[ ! -e "$engine" ]] || fail "\`$engine\` is already there" "remove it to build again"
+{ mkdir -p -- "$beside" && [[ -w "$beside" ]]; } || fail "\`$beside\` cannot be written" "name another: bash build.sh FOLDER"
 rm -rf -- "$partial"
 
 command=(
@@ -54,8 +56,8 @@ command=(
   --max_seq_len 8192
   --max_num_tokens 8192
   --max_beam_width 1
-  --input_timing_cache "$here/timing.cache"
-  --output_timing_cache "$here/timing.cache"
+  --input_timing_cache "$beside/timing.cache"
+  --output_timing_cache "$beside/timing.cache"
 )
 printf '%q ' "${command[@]}" >&2
 echo >&2

@@ -215,6 +215,15 @@ def test_build_sh_writes_into_the_folder_named(machine: Machine, tmp_path: Path)
     assert (tmp_path / "else where" / "config.json").is_file()
 
 
+def test_build_sh_into_another_folder_writes_nothing_beside_itself(machine: Machine, tmp_path: Path) -> None:
+    """The artifact may be on a disk that cannot be written; a slash at the end is what a shell completes."""
+    done = machine.run("build.sh", f"{tmp_path / 'scratch' / 'engine'}/")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scratch" / "engine" / "rank0.engine").is_file()
+    assert str(tmp_path / "scratch" / "timing.cache") in done.stderr
+    assert not (machine.prepared / "timing.cache").exists()
+
+
 def test_build_sh_keeps_what_is_there(machine: Machine) -> None:
     assert machine.run("build.sh").returncode == 0
     again = machine.run("build.sh")
