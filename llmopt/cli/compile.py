@@ -129,6 +129,9 @@ def compile_(
         return _validate(session, source)
     delivery = Delivery(session, out=out, name=name)
     with_builder = opt.builder(builder)
+    if timeout is not None and (timeout <= 0 or with_builder is None):
+        hint = "it is of the build: name a `--builder`" if timeout > 0 else "a number of seconds"
+        raise SettingsError(f"`--timeout` cannot be `{timeout:g}`", hint=hint)
     if resume:
         if with_builder is None:
             raise SettingsError(

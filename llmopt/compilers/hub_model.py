@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.outcome import Progress
-from llmopt.errors import LlmoptError
+from llmopt.errors import LlmoptError, SettingsError
 from llmopt.models.companions import copy_companions
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ def check_tokenizer_files(model: Path) -> None:
 
 
 def check_split(source: Source, tensor_parallel: int, pipeline_parallel: int) -> None:
-    """LlmoptError for sizes that tensor or pipeline parallelism does not divide; TensorRT-LLM and vLLM agree there."""
+    """SettingsError for sizes that the parallelism does not divide; TensorRT-LLM and vLLM agree there."""
     config, reader, ranks = source.config, source.reader, tensor_parallel
     for what, size in {"attention heads": config.heads, "intermediate features": config.intermediate_size}.items():
         if size % ranks:
-            raise LlmoptError(f"{size} {what} cannot be split over {ranks} GPUs", hint=f"`--tp` must divide {size}")
+            raise SettingsError(f"{size} {what} cannot be split over {ranks} GPUs", hint=f"`--tp` must divide {size}")
     if config.kv_heads % ranks and ranks % config.kv_heads:
-        raise LlmoptError(
+        raise SettingsError(
             f"{config.kv_heads} KV heads can neither be split over {ranks} GPUs nor repeated on them",
             hint=f"`--tp` must divide {config.kv_heads} or be a multiple of it",
         )
     if pipeline_parallel > config.layers:
-        raise LlmoptError(
+        raise SettingsError(
             f"{config.layers} blocks cannot be split over {pipeline_parallel} GPUs",
             hint="use a smaller `--pp`",
         )
@@ -58,8 +58,8 @@ def check_split(source: Source, tensor_parallel: int, pipeline_parallel: int) ->
                     raise _split_group(prefix, rows // ranks, "out-features", ranks, scheme.group_size)
 
 
-def _split_group(prefix: str, features: int, what: str, ranks: int, group_size: int) -> LlmoptError:
-    return LlmoptError(
+def _split_group(prefix: str, features: int, what: str, ranks: int, group_size: int) -> SettingsError:
+    return SettingsError(
         f"`{prefix}` has {features} {what} on each of {ranks} GPUs, which groups of {group_size} do not divide",
         hint="a smaller `--tp`, or quantize with a smaller `--group-size`",
     )

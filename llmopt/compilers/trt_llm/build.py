@@ -75,6 +75,8 @@ class Prepared:
             raise LlmoptError(
                 f"`{path}` is not prepared for TensorRT-LLM", hint="`llmopt compile MODEL --target tensorrt-llm`"
             )
+        if said.get("status") == "compiled":
+            raise LlmoptError(f"`{path}` is built already", hint="its `serve.sh` starts it, where its GPU is")
         commands = _json(path / "commands.json")
         try:
             mode = _one_of(said["mode"], ("engine", "bundle"))

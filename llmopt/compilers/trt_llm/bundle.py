@@ -15,7 +15,7 @@ from llmopt.artifacts.outcome import Progress
 from llmopt.compilers.hub_model import check_split, check_tokenizer_files, copy_model
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import LlmoptError, SettingsError
-from llmopt.models.companions import read_json
+from llmopt.models.companions import read_json, write_json
 
 if TYPE_CHECKING:
     from llmopt.formats.reading import Source
@@ -50,7 +50,6 @@ def write(model: Path, out: Path, settings: Settings, progress: Progress) -> tup
     Returns what changes numbers: not here, but in the server.
     """
     from llmopt.formats.convert import convert
-    from llmopt.models.writer import write_json
 
     source = _open(model, settings)
     _check_quantization(source)

@@ -24,6 +24,7 @@ from llmopt.errors import LlmoptError
 from llmopt.formats.base import QuantizedWeight, Stored, as_float, store_float
 from llmopt.formats.reading import Source
 from llmopt.models.checkpoint import bfloat16_to_float32
+from llmopt.models.companions import write_json
 from llmopt.models.families import K_NORM, Q_NORM
 
 _REQUANTIZE = "quantize the original into the format that you need"
@@ -50,8 +51,6 @@ def write(source: Source, config: EngineConfig, out: Path, progress: Progress) -
 
     Peak memory is one module of a block, or a run of the embedding's rows. The same input gives the same bytes.
     """
-    from llmopt.models.writer import write_json
-
     out.mkdir(exist_ok=True)
     notes = _Notes()
     with ExitStack() as stack:
@@ -262,6 +261,7 @@ class _Writer:
                     padded = np.concatenate([stored.array, np.zeros((missing, config.hidden_size), stored.array.dtype)])
                     stored = Stored(stored.dtype, padded)
                 file.put(name, stored, row)
+                self.source.checkpoint.release()
 
     def _rows(self, source: str | QuantizedWeight, start: int, stop: int) -> Stored:
         """Rows of a table that is stored in floats, or of one that has to be dequantized."""

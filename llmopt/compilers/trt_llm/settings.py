@@ -9,6 +9,7 @@ from typing import Literal, Self
 from llmopt.artifacts.outcome import Json
 from llmopt.compilers import deploy
 from llmopt.compilers.trt_llm import rules, versions
+from llmopt.errors import SettingsError
 from llmopt.planner import hardware
 
 _LONGEST = 8192  # tokens of a sequence, where a model takes more and the user has not said
@@ -58,6 +59,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         deploy.check_names(self.emit)
+        if not self.aot:
+            raise SettingsError(
+                "`compile.aot` cannot be false for `tensorrt-llm`", hint="it is compiled ahead of time, always"
+            )
         rules.check_settings(self)
 
     @property

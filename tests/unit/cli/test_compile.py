@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +96,15 @@ def test_the_key_does_not_know_the_builder(llmopt: RunCommand, tiny: Path) -> No
     first = llmopt("compile", tiny, *ENGINE, "--json").json
     manifest = json.loads((Path(first["path"]) / "llmopt.json").read_text())
     assert "builder" not in json.dumps(manifest["action"])
+
+
+@pytest.mark.parametrize("mode", ["engine", "bundle"])
+def test_preparing_a_plain_checkpoint_loads_no_torch(tiny: Path, tmp_path: Path, mode: str) -> None:
+    """It is two thirds of the memory that preparing takes, and half of the time where the model is small."""
+    code = (
+        "import sys; from llmopt.cli.app import main\n"
+        f"code = main(['compile', {str(tiny)!r}, '--target', 'tensorrt-llm', '--mode', {mode!r}, '--quiet',\n"
+        f"             '--store', {str(tmp_path)!r}])\n"
+        "sys.exit('torch' in sys.modules or code != 3)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
