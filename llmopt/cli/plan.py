@@ -309,6 +309,8 @@ def _notes(shape: ModelShape, found: Sequence[Option]) -> Iterator[str]:
         yield f"note: {note}"
     if any(option.hardware.price_usd_h is None for option in found):
         yield "note: `?`: price not known, give it with `--price` (0 where it is paid for anyway)"
+    if any(option.fits and option.prediction is None for option in found):
+        yield "note: `-`: no speed is predicted for it, so no limit was checked"
     yield (
         "Predicted, not measured. GB: what the fullest device holds, of what it has. BATCH: requests at once, of each "
         "replica. TTFT, TPOT: mean milliseconds to the first token and from token to token. TOK/S: of output, of all "

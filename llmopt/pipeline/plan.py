@@ -93,8 +93,9 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
     for override in overrides:
         profile = _override(profile, override)
     if profile.model is None:
+        said = "option.model_id=" if reference.endswith(".properties") else "model:"
         raise SettingsError(
-            f"the pipeline `{reference}` names no model", hint="`--set model=FOLDER`, or write `model:` in it"
+            f"the pipeline `{reference}` names no model", hint=f"`--set model=FOLDER`, or write `{said}` in it"
         )
     sections = profile.sections
     if not sections:

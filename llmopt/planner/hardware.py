@@ -44,10 +44,6 @@ class Hardware:
         """As TensorRT-LLM's builds name it: "sm_90"."""
         return None if self.capability is None else "sm_" + self.capability.replace(".", "")
 
-    @property
-    def total_memory_bytes(self) -> int:
-        return self.devices * self.memory_bytes
-
     def priced(self, usd_h: float) -> Hardware:
         """The same at the user's price."""
         return replace(self, price_usd_h=usd_h, price_source="given")

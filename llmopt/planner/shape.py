@@ -126,10 +126,6 @@ class ModelShape:
         """How many there are of each layer: those of a model are of a few kinds only."""
         return Counter(self.layers)
 
-    def cached_elements(self, tokens: float) -> float:
-        """Elements of the KV cache of one sequence of that many tokens, in all layers."""
-        return sum(count * layer.cached * layer.seen(tokens) for layer, count in self.kinds.items())
-
 
 def read(reference: str) -> ModelShape:
     """The shape of a model folder, of a config.json, or of a number of parameters like `70B`.

@@ -148,18 +148,27 @@ def check_name(deployment: Deployment) -> None:
 
 
 def check_instance(deployment: Deployment) -> None:
-    """SettingsError where the instance is known and has too few GPUs, or GPUs of another architecture."""
+    """SettingsError where the instance is known and has too few GPUs, or GPUs that do not run what is prepared."""
     if deployment.instance is None:
         return
     try:
         found = hardware.find(deployment.instance.removeprefix("ml."))
     except SettingsError:
         return  # the table has not every instance there is
-    if found.devices < deployment.gpus:
+    gpus = found.devices if found.kind == "gpu" else 0
+    if gpus < deployment.gpus:
+        have = "no GPU" if gpus == 0 else "1 GPU" if gpus == 1 else f"{gpus} GPUs"
         raise SettingsError(
-            f"`compile.instance: {deployment.instance}` has {found.devices} GPUs, and tensor times pipeline"
+            f"`compile.instance: {deployment.instance}` has {have}, and tensor times pipeline"
             f" parallelism asks for {deployment.gpus}",
-            hint="name a larger instance, or lower `tensor_parallel`",
+            hint="name an instance with as many, or lower `tensor_parallel`",
+        )
+    # vLLM multiplies FP8 weights on older GPUs too, in 16 bits (its Marlin kernels).
+    wants_fp8 = "FP8" in (deployment.quantization or "") or deployment.kv_cache == "fp8"
+    if deployment.runtime == "tensorrt-llm" and wants_fp8 and "fp8" not in found.flops:
+        raise SettingsError(
+            f"`compile.instance: {deployment.instance}` has no FP8 arithmetic, which this model needs",
+            hint="L4, L40S, H100 and later have it: `llmopt plan MODEL --precision fp8` lists the instances",
         )
     needed = deployment.architecture
     if needed is not None and found.architecture != needed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ TRITON: Mapping[str, Image] = {
     "1.2.0": Image("nvcr.io/nvidia/tritonserver:26.03-trtllm-python-py3", "TensorRT-LLM 1.2.0"),
     "1.2.1": Image("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3", "TensorRT-LLM 1.2.1"),
 }
+_REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 #: Fetches an artifact from S3. AWS CLI's documentation, "Run the AWS CLI from the official images", a tag a release.
 AWS_CLI = "amazon/aws-cli:2.27.9"
 
@@ -57,7 +59,7 @@ def lmi(deployment: Deployment) -> Image:
     Raises SettingsError for a TensorRT-LLM that no image of LMI holds, unless the user names one.
     """
     if deployment.image is not None:
-        return Image(deployment.image, "what its owner says")
+        return _own(deployment.image)
     if deployment.runtime == "vllm":
         newest = [*LMI_VLLM.values()][-1]
         other = Image(newest.tag, f"{newest.holds}, the newest; this was prepared for {deployment.version}")
@@ -79,7 +81,7 @@ def lmi(deployment: Deployment) -> Image:
 def triton(deployment: Deployment) -> Image:
     """The tritonserver for the deployment; SettingsError for a version that no image in the table holds."""
     if deployment.image is not None:
-        return Image(deployment.image, "what its owner says")
+        return _own(deployment.image)
     if deployment.version not in TRITON:
         raise SettingsError(
             f"no tritonserver is known to have TensorRT-LLM {deployment.version}",
@@ -91,8 +93,15 @@ def triton(deployment: Deployment) -> Image:
 def server(deployment: Deployment) -> Image:
     """The runtime's own container: `trtllm-serve` (TensorRT-LLM's quick-start guide) or `vllm serve` (vLLM's docs)."""
     if deployment.image is not None:
-        return Image(deployment.image, "what its owner says")
+        return _own(deployment.image)
     if deployment.runtime == "vllm":
         return Image(f"vllm/vllm-openai:v{deployment.version}", f"vLLM {deployment.version}")
     tag = f"nvcr.io/nvidia/tensorrt-llm/release:{deployment.version}"
     return Image(tag, f"TensorRT-LLM {deployment.version}")
+
+
+def _own(reference: str) -> Image:
+    """The user's; SettingsError for what is no reference of an image, for it is written into scripts."""
+    if not _REFERENCE.fullmatch(reference):
+        raise SettingsError(f"`compile.image` cannot be `{reference}`", hint="such as `registry.example/name:tag`")
+    return Image(reference, "what its owner says")

@@ -216,10 +216,6 @@ def _executor_option(setting: str, value: Json) -> dict[str, Json]:
     return {names[setting]: value}
 
 
-def _text(value: Json) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _fill(model: str, values: Mapping[str, str]) -> str:
     """A call of the script's `fill`; only the paths are left to the shell."""
     paths = ("$engine", "$artifact")

@@ -162,9 +162,25 @@ def test_the_table_and_the_notes_stay_within_a_terminal(
     assert max(len(line) for line in [*rows(out), *notes]) <= width
 
 
+def test_hardware_whose_speed_is_unknown_is_told_to_be_unchecked(llmopt: Llmopt) -> None:
+    limit = ("--slo", "ttft_p99_ms<=500")
+    note = "note: `-`: no speed is predicted for it, so no limit was checked"
+    assert note in llmopt("plan", "8B", "--hardware", "inf2.xlarge", *limit).out
+    assert note not in llmopt("plan", "8B", "--hardware", "g6e.xlarge", *limit).out
+
+
 def test_hardware_named_twice_is_one_row(llmopt: Llmopt) -> None:
     report = llmopt("plan", "8B", "--hardware", "H100,h100", "--precision", "fp8", "--json").json
     assert len(report["options"]) == 1
+
+
+def test_the_readme_shows_what_is_printed(llmopt: Llmopt) -> None:
+    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+    start = readme.index("$ llmopt plan 70B --hardware g5.48xlarge,p4d.24xlarge")
+    shown = readme[start : readme.index("\n$ ", start)].splitlines()[1:]
+    printed = llmopt("plan", "70B", "--hardware", "g5.48xlarge,p4d.24xlarge").out.splitlines()
+    assert len(shown) > 10
+    assert [line for line in shown if line != "  ..." and line not in printed] == []
 
 
 def test_planning_loads_no_torch() -> None:

@@ -52,7 +52,10 @@ def test_the_model_of_a_template_is_given_on_the_command_line(
 ) -> None:
     file = properties("{{s3url}}")
     ran = llmopt("run", file, "--dry-run")
-    assert (ran.code, ran.error.splitlines()[-1]) == (2, "hint: `--set model=FOLDER`, or write `model:` in it")
+    assert (ran.code, ran.error.splitlines()[-1]) == (
+        2,
+        "hint: `--set model=FOLDER`, or write `option.model_id=` in it",
+    )
     assert llmopt("run", file, "--dry-run", "--set", f"model={tiny}").code == 0
 
 

@@ -22,7 +22,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
 
 
 def test_g5_48xlarge_has_192_gb() -> None:
-    assert hardware.find("g5.48xlarge").total_memory_bytes == 192 * 10**9
+    assert 8 * hardware.find("g5.48xlarge").memory_bytes == 192 * 10**9
 
 
 def test_architectures_are_named_as_tensorrt_llm_does() -> None:
@@ -40,7 +40,7 @@ def test_architectures_are_named_as_tensorrt_llm_does() -> None:
 def test_a_multiple_of_a_device_shares_its_row_and_has_no_price() -> None:
     row = hardware.find("8xH100")
     assert (row.devices, row.device, row.price_usd_h) == (8, "H100", None)
-    assert row.total_memory_bytes == 8 * hardware.find("H100").memory_bytes
+    assert (row.devices, row.memory_bytes) == (8, hardware.find("H100").memory_bytes)
 
 
 def test_a_multiple_of_an_instance_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.models.checkpoint import Checkpoint
+from llmopt.planner.memory import kv_sequence_bytes
 from llmopt.planner.shape import ModelShape, of_config, read
 
 #: Parameters, as the hub counts the tensors of these repositories.
@@ -69,18 +70,18 @@ def test_dense_models_pass_all_of_their_parameters(published: dict[str, ModelSha
 
 
 def test_grouped_queries_keep_eight_heads_of_keys_and_values(published: dict[str, ModelShape]) -> None:
-    assert published["Llama-3.1-70B"].cached_elements(1) == 80 * 2 * 8 * 128
+    assert kv_sequence_bytes(published["Llama-3.1-70B"], 1, "int8") == 80 * 2 * 8 * 128
 
 
 def test_latent_attention_keeps_the_latent_and_one_rotary_key(published: dict[str, ModelShape]) -> None:
     """70 KB a token in 16 bits, as DeepSeek-V3's report has it."""
-    assert published["DeepSeek-V3"].cached_elements(1) == 61 * (512 + 64)
-    assert published["DeepSeek-V3"].cached_elements(1) * 2 / 1e3 == pytest.approx(70, rel=0.01)
+    assert kv_sequence_bytes(published["DeepSeek-V3"], 1, "int8") == 61 * (512 + 64)
+    assert kv_sequence_bytes(published["DeepSeek-V3"], 1, "int8") * 2 / 1e3 == pytest.approx(70, rel=0.01)
 
 
 def test_a_window_bounds_what_its_layers_keep(published: dict[str, ModelShape]) -> None:
     gemma = published["Gemma-2-9B"]
-    inside, beyond = gemma.cached_elements(4096), gemma.cached_elements(8192)
+    inside, beyond = kv_sequence_bytes(gemma, 4096, "int8"), kv_sequence_bytes(gemma, 8192, "int8")
     assert beyond == pytest.approx(1.5 * inside)  # every other layer has grown no further
 
 
@@ -92,7 +93,7 @@ def test_half_of_gpt_oss_looks_back_128_tokens(published: dict[str, ModelShape])
 def test_a_number_of_parameters_is_exact_and_names_the_layers_it_assumes() -> None:
     shape = read("70B")
     assert shape.parameters == 70_000_000_000
-    assert shape.cached_elements(1) == 80 * 2 * 8 * 128
+    assert kv_sequence_bytes(shape, 1, "int8") == 80 * 2 * 8 * 128
     assert "Llama 3.1 70B" in shape.notes[0]
 
 

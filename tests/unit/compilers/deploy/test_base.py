@@ -78,3 +78,24 @@ def test_a_name_that_clouds_do_not_take_is_refused(emitter: str, name: str) -> N
 
 def test_the_numbers_of_gpus_is_that_of_all_ranks() -> None:
     assert dataclasses.replace(BUNDLE, tensor_parallel=4, pipeline_parallel=2).gpus == 8
+
+
+@pytest.mark.parametrize("instance", ["ml.c7i.2xlarge", "ml.inf2.xlarge"])
+def test_an_instance_without_gpus_is_refused(instance: str) -> None:
+    with pytest.raises(SettingsError, match="has no GPU, and tensor times pipeline parallelism asks for 1"):
+        emit(["sagemaker"], dataclasses.replace(VLLM, tensor_parallel=1, instance=instance))
+
+
+def test_fp8_on_an_instance_without_the_arithmetic_is_refused() -> None:
+    bundle = dataclasses.replace(BUNDLE, architecture=None, instance="p4d.24xlarge")
+    with pytest.raises(SettingsError, match=r"`compile.instance: p4d.24xlarge` has no FP8 arithmetic"):
+        emit(["k8s"], bundle)
+    emit(["k8s"], dataclasses.replace(bundle, instance="p5.48xlarge"))
+    emit(["k8s"], dataclasses.replace(VLLM, quantization="FP8", instance="p4d.24xlarge"))
+
+
+@pytest.mark.parametrize("image", ["own\nrm -rf /", "own; id", "", "$(id)"])
+@pytest.mark.parametrize(("emitter", "deployment"), [("triton", BUNDLE), ("k8s", VLLM), ("lmi", VLLM)])
+def test_an_image_that_is_no_reference_is_refused(emitter: str, deployment: Deployment, image: str) -> None:
+    with pytest.raises(SettingsError, match=r"`compile.image` cannot be"):
+        emit([emitter], dataclasses.replace(deployment, image=image))
