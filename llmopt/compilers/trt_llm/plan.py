@@ -80,7 +80,7 @@ class Plan:
         return found
 
     def cache_bytes(self, device_bytes: int) -> int:
-        """What the KV cache of the fullest rank gets of a device, as `llmopt plan` reckons too; negative: too little."""
+        """What a device leaves for the KV cache of the fullest rank, reckoned as `llmopt plan` does; maybe negative."""
         return round(_KV_SHARE * (device_bytes - _RESERVED - max(self.rank_bytes) - self.activation_bytes))
 
 
