@@ -116,8 +116,7 @@ def test_a_second_interrupt_ends_the_grace(start: Start, said: list[str], monkey
     def interrupt() -> None:
         with start(STUBBORN) as process:
             wait_for_its_pid(process, said)
-            # To this thread: one of OpenVINO's, left by other tests, does not survive a signal.
-            threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     began_s = time.monotonic()
