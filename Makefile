@@ -32,11 +32,18 @@ bench: setup  ## the figures of README.md
 PEERS := llmcompressor gptqmodel autoround
 JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
 
-.venv-edgellm/.ready: PYTHON := python3.12
-
 .venv-%/.ready: tests/bench/peers/%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+# Its wheel is for Python 3.12, where PyPI's torch brings CUDA; the exporter in it is plain Python and runs on 3.11.
+.venv-edgellm/.ready: tests/bench/peers/edgellm.txt
+	@test -x .venv-edgellm/bin/python || $(PYTHON) -m venv .venv-edgellm
+	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --python-version 3.12 --implementation cp --platform manylinux_2_35_x86_64 \
+	  --target $$(.venv-edgellm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') tensorrt-edgellm==0.11.0
 	@touch $@
 
 bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again

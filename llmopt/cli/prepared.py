@@ -34,6 +34,7 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
     ranks = "1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"
     assert isinstance(size, int)
     undone = "not tried" if said["runtime"] == _VLLM else "not compiled"  # vLLM compiles when it loads
+    undone += ", though here is" if probed["gpus"] else ""
     lines = {
         "prepared": f"{said['mode']} for {runtime}, {undone}: {probed['found']}",
         "weights": f"{numbers}, {checked['tensors']} tensors, {byte_size(size)}, {ranks}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt import profiles
 from llmopt.artifacts.outcome import Json, Progress, within
-from llmopt.errors import SettingsError, nearest
+from llmopt.errors import BackendMissingError, SettingsError, nearest
 from llmopt.pipeline import inputs, runner, stages
 from llmopt.pipeline.explain import explain
 from llmopt.pipeline.inputs import Input
@@ -164,14 +164,21 @@ def compile_model(
     *,
     builder: Builder | None = None,
 ) -> StageResult:
-    """The engine of `llmopt compile`; one of a staged target is built only where there is a `builder`."""
+    """The engine of `llmopt compile`; one of a staged target is built only where there is a `builder` and its device.
+
+    Where these are not what it needs, that is told, and the engine stays prepared.
+    """
     if not stages.is_staged(settings):
         return runner.run(store, stages.compile_(model, settings), progress)
     made = inputs.product(runner.run(store, stages.compile_plan(model, settings), progress))
     prepared = runner.run(store, stages.compile_prepare(model, made, settings), progress)
     if builder is None:
         return prepared
-    return build_engine(store, inputs.product(prepared), builder, progress)
+    try:
+        return build_engine(store, inputs.product(prepared), builder, progress)
+    except BackendMissingError as error:
+        progress(f"not built: {error.message}")
+        return prepared
 
 
 def build_engine(store: Store, prepared: Input, builder: Builder, progress: Progress) -> StageResult:
@@ -240,7 +247,11 @@ class _Chain:
         builder = self._builder
         if builder is None:
             return _Pending(f"{name}-build")
-        return self.step(f"{name}-build", lambda prepared: stages.compile_build(prepared, builder), prepared)
+        try:
+            return self.step(f"{name}-build", lambda prepared: stages.compile_build(prepared, builder), prepared)
+        except BackendMissingError as error:
+            self._progress(f"{name}: not built: {error.message}")
+            return _Pending(f"{name}-build")
 
     def step(self, name: str, make: Callable[..., Stage], *needs: Input | _Pending) -> Input | _Pending:
         """Do, find or only describe one stage; what comes back is the input of the next."""

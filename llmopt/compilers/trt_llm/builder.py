@@ -66,6 +66,8 @@ class Builder:
     def parse(cls, text: str) -> Builder:
         """`python:PATH`, `docker:IMAGE`, a path, or a program on the PATH. SettingsError for what cannot be run."""
         kind, colon, name = text.partition(":")
+        if not text:
+            raise SettingsError("the builder is named by nothing", hint="a Python with tensorrt_llm, or `docker:IMAGE`")
         if colon and kind == "docker":
             if not name:
                 raise SettingsError(f"the builder `{text}` names no image", hint="for example `docker:IMAGE:TAG`")

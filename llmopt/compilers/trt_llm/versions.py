@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from llmopt.errors import SettingsError
+from llmopt.errors import SettingsError, nearest
 
 Mode: TypeAlias = Literal["engine", "bundle"]
 #: build: flags of `trtllm-build`. serve: flags of `trtllm-serve`. yaml: fields of its YAML (`LlmArgs`).
@@ -124,7 +124,7 @@ def find(name: str) -> Version:
     if match is not None and match[1] in versions:
         return replace(versions[match[1]], name=name)
     if match is None:
-        raise SettingsError(f"`{name}` is no version of TensorRT-LLM", hint=f"such as `{LAST_RELEASE_WITH_ENGINES}`")
+        raise SettingsError(f"`{name}` is no version of TensorRT-LLM", hint=nearest(name, known()))
     before = [other for other in known() if _order(other) < _order(name)]
     neighbour = before[-1] if before else known()[0]
     raise SettingsError(

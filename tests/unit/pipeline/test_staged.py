@@ -153,6 +153,26 @@ def test_without_a_gpu_nothing_is_built(prepare: Any, store: Store, builder: Bui
     assert caught.value.hint is not None
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_what_was_prepared_is_kept_and_told_where_the_builder_has_no_gpu(
+    store: Store, tiny: Path, builder: Builder, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    def progress(line: str, **facts: Any) -> None:
+        said.append(line)
+
+    made = plan.compile_model(store, inputs.model(store, str(tiny)), ENGINE, progress, builder=builder)
+    assert made.status == "prepared"
+    assert said[-1].startswith("not built: no NVIDIA GPU")
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"model: {tiny}\ncompile: {json.dumps(ENGINE)}\nbench: {{concurrency: [1]}}\n")
+    ran = plan.run(store, plan.load(str(file)), progress, builder=builder)
+    assert [step.name for step in ran.steps] == ["compile-plan", "compile", "bench"]
+    assert ran.steps[-1].waits_for == "compile-build"
+    assert said[-1].startswith("compile: not built")
+
+
 def test_another_architecture_is_refused(prepare: Any, store: Store, builder: Builder) -> None:
     with pytest.raises(BackendMissingError, match="prepared for `sm_89`"):
         plan.build_engine(store, inputs.product(prepare(gpu="L4")), builder, silent)

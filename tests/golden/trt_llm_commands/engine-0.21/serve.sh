@@ -17,7 +17,7 @@ check_version() { # version
   found="$("$python" -c 'from importlib.metadata import version; print(version("tensorrt_llm"))' 2>/dev/null)" ||
     fail "\`$python\` has no tensorrt_llm" "set PYTHON to an interpreter with TensorRT-LLM $1" 3
   [[ "${found%%+*}" == "$1" ]] ||
-    fail "TensorRT-LLM is $found, and this was prepared for $1" "install tensorrt_llm==$1, or prepare it for $found"
+    fail "TensorRT-LLM is $found, and this was prepared for $1" "install tensorrt_llm==$1, or prepare it for $found" 3
   # The commands of that interpreter, before any others.
   PATH="$(dirname -- "$("$python" -c 'import sys; print(sys.executable)')"):$PATH"
 }
@@ -32,7 +32,7 @@ check_gpus() { # architecture or nothing, number of GPUs
     count=$((count + 1))
     [[ -z "$1" || "sm_${capability//./}" == "$1" ]] ||
       fail "a GPU here is sm_${capability//./}, and this was prepared for $1" \
-        "run it on $1, choose such GPUs with CUDA_VISIBLE_DEVICES, or prepare it for this one"
+        "run it on $1, choose such GPUs with CUDA_VISIBLE_DEVICES, or prepare it for this one" 3
   done <<<"$capabilities"
   ((count >= $2)) || fail "$2 GPUs are needed, and $count were found" "prepare it with less parallelism" 3
 }
