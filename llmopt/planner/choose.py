@@ -240,7 +240,7 @@ def _placed(
 
 
 def _room(shape: ModelShape, base: Option, tokens: float, ranks: int, stages: int) -> tuple[Memory, float, int] | str:
-    """The fullest device without requests, the bytes that one of `tokens` takes there, how many fit; or why none does."""
+    """The fullest device without requests, the bytes that one of `tokens` takes there, how many fit; or why none."""
     kind = base.hardware.kind
     empty = memory(
         shape,
