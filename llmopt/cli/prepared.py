@@ -33,8 +33,9 @@ def text(result: StageResult, more: Mapping[str, Json]) -> str:
     size, numbers = checked["bytes"], said.get("quant_algo") or said.get("quantization") or said["dtype"]
     ranks = "1 rank" if checked["ranks"] == 1 else f"{checked['ranks']} ranks"
     assert isinstance(size, int)
+    undone = "not tried" if said["runtime"] == _VLLM else "not compiled"  # vLLM compiles when it loads
     lines = {
-        "prepared": f"{said['mode']} for {runtime}, not compiled: {probed['found']}",
+        "prepared": f"{said['mode']} for {runtime}, {undone}: {probed['found']}",
         "weights": f"{numbers}, {checked['tensors']} tensors, {byte_size(size)}, {ranks}",
         "validated": "names, shapes, dtypes, completeness, ranks, scales, and every digest",
         "needs": f"{needs}, {runtime}",

@@ -17,7 +17,7 @@ from llmopt.compilers.trt_llm.layout import layout
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import LlmoptError
 from llmopt.formats.base import Part
-from llmopt.planner import hardware, memory, shape
+from llmopt.planner import choose, hardware, memory, shape
 from llmopt.planner.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 _KV_PRECISIONS: Mapping[str | None, str] = {None: "fp16", "FP8": "fp8", "INT8": "int8"}
-_SHARE = 0.9  # of a device's memory that a runtime can have: the driver, CUDA and the libraries take the rest
+_RESERVED, _KV_SHARE = choose.RESERVED_BYTES["gpu"], choose.KV_SHARE["gpu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +76,12 @@ class Plan:
         }
         if self.settings.gpu is not None:
             device = hardware.find(self.settings.gpu).memory_bytes
-            left = round(device * _SHARE) - max(self.rank_bytes) - self.activation_bytes
-            found |= {"device_bytes": device, "sequences": left // self.sequence_bytes}
+            found |= {"device_bytes": device, "sequences": self.cache_bytes(device) // self.sequence_bytes}
         return found
+
+    def cache_bytes(self, device_bytes: int) -> int:
+        """What a device leaves for the KV cache of the fullest rank, reckoned as `llmopt plan` does; maybe negative."""
+        return round(_KV_SHARE * (device_bytes - _RESERVED - max(self.rank_bytes) - self.activation_bytes))
 
 
 def facts(plan: Plan) -> dict[str, Json]:
@@ -193,18 +196,19 @@ def _part_bytes(part: Part) -> int:
 
 def _check_memory(plan: Plan) -> None:
     """LlmoptError where not even one sequence fits beside the weights."""
-    gpu, needed = plan.settings.gpu, max(plan.rank_bytes) + plan.activation_bytes + plan.sequence_bytes
+    gpu = plan.settings.gpu
     if gpu is None:
         return
     device = hardware.find(gpu).memory_bytes
-    if needed > _SHARE * device:
+    if plan.cache_bytes(device) < plan.sequence_bytes:
         parts = {
             "weights": max(plan.rank_bytes),
             "activations": plan.activation_bytes,
-            "a sequence": plan.sequence_bytes,
+            "CUDA": _RESERVED,
+            "one sequence": plan.sequence_bytes / _KV_SHARE,
         }
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         raise LlmoptError(
-            f"{needed / 1e9:.2f} GB do not fit into {_SHARE:.0%} of the {device / 1e9:.0f} GB of `{gpu}`: {listed}",
+            f"{sum(parts.values()) / 1e9:.2f} GB do not fit into the {device / 1e9:.0f} GB of `{gpu}`: {listed}",
             hint="more `--tp`, fewer bits, or a smaller `--max-seq-len` or `--max-num-tokens`; `llmopt plan` compares",
         )

@@ -191,7 +191,7 @@ def test_a_dry_run_prepares_nothing(store: Store, tiny: Path, tmp_path: Path) ->
     [
         ({"max_seq_len": 4096}, LlmoptError, "over the 256 positions"),
         ({"tensor_parallel": 3}, SettingsError, "do not divide 4 attention heads"),
-        ({"max_num_tokens": 1 << 30}, LlmoptError, "do not fit into 90%"),
+        ({"max_num_tokens": 1 << 30}, LlmoptError, "do not fit into the 80 GB of `H100`"),
         ({"emit": ["lmi"], "url": "s3://b/p"}, SettingsError, "no LMI container has TensorRT-LLM 1.2.1"),
     ],
 )
