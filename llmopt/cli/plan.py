@@ -137,7 +137,7 @@ def _workload(
     if name is not None:
         prompt, output = _means(name)
     elif positions is not None and positions < prompt + output:
-        prompt, output = positions * 4 // 5, positions // 5
+        prompt, output = max(1, positions * 4 // 5), max(1, positions // 5)
     return Workload(
         prompt_tokens=prompt if prompt_tokens is None else float(prompt_tokens),
         output_tokens=output if output_tokens is None else float(output_tokens),

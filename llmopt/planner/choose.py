@@ -191,32 +191,12 @@ def _placed(
     shape: ModelShape, base: Option, workload: Workload, limits: Sequence[Limit], ranks: int, stages: int
 ) -> Option:
     """The option on `ranks` times `stages` devices, with the largest batch that fits and meets the limits."""
-    row, precision, kind = base.hardware, base.precision, base.hardware.kind
+    row, precision = base.hardware, base.precision
     replicas = row.devices // (ranks * stages)
-    empty = memory(
-        shape,
-        precision,
-        tensor_parallel=ranks,
-        pipeline_parallel=stages,
-        max_batch_size=0,
-        max_seq_len=0,
-        max_num_tokens=STEP_TOKENS,
-        kv_precision=base.kv_precision,
-        kind=kind,
-    )
-    there = row.memory_bytes - RESERVED_BYTES[kind]
-    devices = f"each of {ranks * stages} devices" if ranks * stages > 1 else "the device"
-    if empty.weights > there:
-        needed = f"{empty.weights / 1e9:.1f} GB of weights on {devices}"
-        return _without(base, f"{needed}, which has {max(there, 0) / 1e9:.1f} GB free", ranks, stages)
-    sequence = kv_sequence_bytes(shape, workload.total_tokens, base.kv_precision, ranks, stages)
-    left = KV_SHARE[kind] * (there - empty.total)
-    most = min(int(left / sequence) if left > 0 else 0, MAX_BATCH[kind])
-    if most < 1:
-        text = (
-            f"{max(left, 0) / 1e9:.1f} GB left for the KV cache on {devices}, a request takes {sequence / 1e9:.2f} GB"
-        )
-        return _without(base, text, ranks, stages)
+    room = _room(shape, base, workload.total_tokens, ranks, stages)
+    if isinstance(room, str):
+        return _without(base, room, ranks, stages)
+    empty, sequence, most = room
     instances, used = 1, 1.0
     if workload.concurrency is not None:
         most = min(most, max(1, -(-workload.concurrency // replicas)))
@@ -257,6 +237,31 @@ def _placed(
             reason = f"{option.tokens_s:,.0f} tokens/s, less than the {limit.limit:,.0f} asked for"
             return replace(option, reason=reason)
     return option
+
+
+def _room(shape: ModelShape, base: Option, tokens: float, ranks: int, stages: int) -> tuple[Memory, float, int] | str:
+    """The fullest device without requests, the bytes that one of `tokens` takes there, how many fit; or why none."""
+    kind = base.hardware.kind
+    empty = memory(
+        shape,
+        base.precision,
+        tensor_parallel=ranks,
+        pipeline_parallel=stages,
+        max_batch_size=0,
+        max_seq_len=0,
+        max_num_tokens=STEP_TOKENS,
+        kv_precision=base.kv_precision,
+        kind=kind,
+    )
+    there = base.hardware.memory_bytes - RESERVED_BYTES[kind]
+    devices = f"each of {ranks * stages} devices" if ranks * stages > 1 else "the device"
+    if empty.weights > there:
+        return f"{empty.weights / 1e9:.1f} GB of weights on {devices}, which has {max(there, 0) / 1e9:.1f} GB free"
+    sequence = kv_sequence_bytes(shape, tokens, base.kv_precision, ranks, stages)
+    left = max(KV_SHARE[kind] * (there - empty.total), 0.0)
+    if left < sequence:
+        return f"{left / 1e9:.1f} GB left for the KV cache on {devices}, a request takes {sequence / 1e9:.2f} GB"
+    return empty, sequence, min(int(left / sequence), MAX_BATCH[kind])
 
 
 def _without(base: Option, reason: str, ranks: int = 1, stages: int = 1) -> Option:

@@ -20,7 +20,7 @@ from llmopt.models.checkpoint import Checkpoint
 from llmopt.models.facts import Facts
 from llmopt.models.families import FAMILIES, Experts, Family
 
-_BY_COUNT = "or give its number of parameters instead: `llmopt plan 70B`"
+_BY_COUNT = "give its number of parameters instead: `llmopt plan 70B`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +184,16 @@ def of_config(config: Mapping[str, Any], *, name: str) -> ModelShape:
         head=None if facts.flag("tie_word_embeddings") else Linear(rows=vocab, columns=hidden),
         max_positions=positions if isinstance(positions, int) else None,
         notes=tuple(notes),
-        quantization=config.get("quantization_config") or values.get("quantization_config"),
+        quantization=_quantization(config) or _quantization(values),
     )
+
+
+def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What config.json says of how it lies on disk; LlmoptError where that is no object."""
+    found = config.get("quantization_config")
+    if found and not isinstance(found, Mapping):
+        raise LlmoptError(f"`quantization_config` in config.json is `{found}`, not an object", hint="download it again")
+    return found or None
 
 
 def of_count(count: int, name: str) -> ModelShape:
@@ -320,7 +328,9 @@ def _refuse(values: Mapping[str, Any]) -> None:
             f"the model type `{values.get('model_type')}` has {what}, which is not planned", hint=_BY_COUNT
         )
     if "hidden_size" not in values and "hidden_size" not in _own_keys(values):
-        raise LlmoptError("config.json has no `hidden_size`", hint=f"is it the config.json of a decoder? {_BY_COUNT}")
+        raise LlmoptError(
+            "config.json has no `hidden_size`", hint=f"is it the config.json of a decoder? Or {_BY_COUNT}"
+        )
 
 
 def _own_keys(values: Mapping[str, Any]) -> Mapping[str, str]:

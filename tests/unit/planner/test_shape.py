@@ -277,3 +277,8 @@ def _elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def test_a_quantization_that_is_no_object_is_an_error() -> None:
+    with pytest.raises(LlmoptError, match=r"`quantization_config` in config.json is `gptq`, not an object"):
+        of_config(_SMALL | {"model_type": "llama", "quantization_config": "gptq"}, name="x")
