@@ -152,7 +152,7 @@ def find_algorithm(family: EngineFamily, schemes: Mapping[str, Scheme | None]) -
 
 
 _INSTEAD = (
-    "it holds 4 bits in symmetric groups (`--method gptq`, or `awq` with `--symmetric`), W8A8 (`--method smoothquant`), "
+    "it holds 4 bits in symmetric groups (`--method gptq`, or `awq` with `--symmetric`), W8A8 (`--method smoothquant`) "
     "and FP8 with one static scale a tensor (`--method fp8`); 8-bit weights alone TensorRT-LLM rounds itself"
 )
 
