@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from llmopt.compilers.inspection import (
 from llmopt.compilers.model_check import check_model, check_tokenizer
 from llmopt.compilers.trt_llm.config import EngineConfig
 from llmopt.compilers.trt_llm.layout import layout
-from llmopt.errors import LlmoptError
+from llmopt.errors import CorruptError, LlmoptError
 from llmopt.models.checkpoint import TensorInfo
 
 CHECKPOINT, MODEL = "checkpoint", "model"  # where each mode has its weights in an artifact
@@ -52,6 +53,8 @@ def validate(folder: Path, *, record: bool = False) -> Report:
         report = check_model(folder / MODEL, what, tensorrt=not for_vllm, record=record)
         _check_bundle_split(folder, what)
         return report
+    if (folder / _ABOUT).exists():
+        _refuse_artifact(folder)
     is_engine = any(folder.glob("rank*.safetensors"))
     if is_engine or (folder / "config.json").exists():
         config = read_json(folder / "config.json", Faults()) or {}
@@ -63,6 +66,18 @@ def validate(folder: Path, *, record: bool = False) -> Report:
         f"`{folder}` is nothing that was prepared for TensorRT-LLM",
         hint=f"give an artifact with `{CHECKPOINT}/` or `{MODEL}/`, or one of these folders itself",
     )
+
+
+def _refuse_artifact(artifact: Path) -> NoReturn:
+    """An artifact without weights: LlmoptError for an engine that was built, CorruptError for what has lost them."""
+    said = read_json(artifact / _ABOUT, Faults()) or {}
+    if said.get("status") == "compiled":
+        raise LlmoptError(
+            f"`{artifact}` is built: the weights are in its engines, which TensorRT-LLM alone reads",
+            hint="validate what it was built from; `llmopt store verify` reads an artifact's files again",
+        )
+    missing = MODEL if said.get("mode") == "bundle" else CHECKPOINT
+    raise CorruptError(f"`{artifact}` has no `{missing}/`", hint="copy the whole artifact, or prepare it again")
 
 
 def _check_bundle_split(artifact: Path, what: str) -> None:

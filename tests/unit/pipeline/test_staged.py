@@ -18,7 +18,8 @@ from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
 from llmopt.compilers.trt_llm import checkpoint, gpu
 from llmopt.compilers.trt_llm.builder import Builder
-from llmopt.errors import BackendMissingError, LlmoptError, SettingsError
+from llmopt.compilers.trt_llm.validate import validate
+from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, SettingsError
 from llmopt.pipeline import inputs, plan, stages
 from llmopt.pipeline.lineage import lineage
 
@@ -248,6 +249,17 @@ def test_what_else_lies_in_a_copy_is_no_part_of_the_engine(
     other = Store.open(str(tmp_path / "other"))
     built = plan.build_engine(other, inputs.resolve(other, str(tmp_path / "copied")), builder, silent)
     assert built.artifact == own.artifact
+
+
+def test_only_what_has_weights_can_be_validated(prepare: Any, store: Store, builder: Builder, tmp_path: Path) -> None:
+    prepared = prepare()
+    built = plan.build_engine(store, inputs.product(prepared), builder, silent)
+    with pytest.raises(LlmoptError, match="is built: the weights are in its engines"):
+        validate(Path(built.path))
+    store.export(prepared.artifact, tmp_path / "copied")
+    shutil.rmtree(tmp_path / "copied" / "checkpoint")
+    with pytest.raises(CorruptError, match="has no `checkpoint/`"):
+        validate(tmp_path / "copied")
 
 
 def test_an_engine_is_no_prepared_artifact(store: Store, tiny: Path, builder: Builder, tmp_path: Path) -> None:
