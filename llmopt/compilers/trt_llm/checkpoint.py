@@ -28,7 +28,7 @@ from llmopt.models.companions import write_json
 from llmopt.models.families import K_NORM, Q_NORM
 
 _REQUANTIZE = "quantize the original into the format that you need"
-_CHUNK_BYTES = 1 << 26  # of the embedding at once
+_CHUNK_BYTES = 1 << 24  # of the embedding at once
 #: Suffixes of a linear without which its groups are consecutive and centred, and its input is taken as it is.
 _ODD = ("g_idx", "weight_g_idx", "qzeros", "weight_zero_point", "pre_quant_scale")
 
