@@ -84,17 +84,14 @@ def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any
 
 def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
     """The settings with each `key=value` of `--set` in its place; `build.workers=2` reaches into a mapping."""
-    from llmopt.profiles import parse_value
+    from llmopt.profiles import assign
 
-    found = dict(settings)
     for override in overrides or ():
         path, equals, text = override.partition("=")
-        key, dot, inner = path.partition(".")
-        if not equals or not key or (dot and not inner):
+        if not equals or not all(path.split(".")):
             raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set build.workers=2`")
-        value = parse_value(text)
-        found[key] = {**dict(found.get(key) or {}), inner: value} if dot else value
-    return found
+        settings = assign(settings, path, text)
+    return settings
 
 
 def builder(text: str | None, *, timeout_s: float | None = None, timing_cache: str | None = None) -> GpuBuilder | None:

@@ -291,10 +291,10 @@ def _read(reference: str) -> tuple[profiles.Profile, tuple[str, ...]]:
 
 
 def _override(profile: profiles.Profile, override: str) -> profiles.Profile:
-    """`quantize.bits=3` or `model=demo/model`; a path is relative to the current folder."""
+    """`quantize.bits=3`, `compile.build.workers=2` or `model=demo/model`; a path is relative to the current folder."""
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
-    if not equals or (dot and not key):
+    if not equals or (dot and not all(key.split("."))):
         raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set quantize.bits=3`")
     if path == "model":
         return dataclasses.replace(profile, model=text)
@@ -304,7 +304,7 @@ def _override(profile: profiles.Profile, override: str) -> profiles.Profile:
     if not dot:
         raise SettingsError(f"`--set {override}` names no setting", hint=f"for example `--set {section}.key=value`")
     sections = {name: dict(values) for name, values in profile.sections.items()}
-    sections.setdefault(section, {})[key] = profiles.parse_value(text)
+    sections[section] = profiles.assign(sections.get(section, {}), key, text)
     return dataclasses.replace(profile, sections=sections, origins={**profile.origins, path: f"--set {path}"})
 
 
