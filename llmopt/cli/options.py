@@ -89,7 +89,7 @@ def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[st
     for override in overrides or ():
         path, equals, text = override.partition("=")
         if not equals or not all(path.split(".")):
-            raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set build.workers=1`")
+            raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set build.workers=2`")
         settings = assign(settings, path, text)
     return settings
 
