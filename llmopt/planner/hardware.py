@@ -19,6 +19,7 @@ class Hardware:
 
     memory_bytes, bandwidth_bytes_s, flops and link_bytes_s are of one device. capability: the CUDA compute capability,
     "9.0". flops: dense peaks by precision ("fp32", "fp16", "fp8", "int8"), empty where no speed is predicted.
+    streams: bytes a second at which weights of a precision are read, where unpacking them is slower than the memory.
     link_bytes_s: to a neighbour, one way; None: the devices cannot share a model. bandwidth_efficiency and
     compute_efficiency: the shares that are reached, where the row knows better than its kind. price_usd_h: of all
     devices, None where not known; sources say where the figures are from.
@@ -32,6 +33,7 @@ class Hardware:
     devices: int = 1
     device: str = ""  # of an instance: the name of its device
     flops: Mapping[str, float] = field(default_factory=dict)
+    streams: Mapping[str, float] = field(default_factory=dict)
     link_bytes_s: float | None = None
     bandwidth_efficiency: float | None = None
     compute_efficiency: float | None = None

@@ -15,6 +15,7 @@ from llmopt.planner.hardware import Hardware
 
 _TOKENS, _IN, _OUT = 512, 2048, 4096  # of the product that measures operations: 8.6 Gop, weights within a cache
 _WIDE_IN, _WIDE_OUT = 4096, 65536  # of the one that measures bandwidth: 256 MiB of int8 weights, past any cache but few
+_GROUP = 128  # in-features that share a scale of int4
 _PEAKS = {
     "fp32": ("f32", {"INFERENCE_PRECISION_HINT": "f32"}),
     "fp16": ("f32", {}),  # the plugin's own choice: BF16 where the CPU has it
@@ -36,8 +37,10 @@ def machine(*, bandwidth_bytes_s: float | None = None, seconds: float = 0.3) -> 
     if bandwidth_bytes_s is None:
         elapsed = _product_s(ov, "i8", 1, _WIDE_IN, _WIDE_OUT, _PEAKS["int8"][1], seconds)
         bandwidth_bytes_s = _WIDE_IN * _WIDE_OUT / elapsed
+    elapsed = _product_s(ov, "i4", 1, _WIDE_IN, _WIDE_OUT, _PEAKS["int8"][1], seconds)
+    int4_bytes_s = min(_WIDE_IN * _WIDE_OUT / 2 / elapsed, bandwidth_bytes_s)
     memory, cores = _memory_bytes(), len(os.sched_getaffinity(0))
-    reached = f"{bandwidth_bytes_s / 1e9:.1f} GB/s of memory, Gop/s of "
+    reached = f"{bandwidth_bytes_s / 1e9:.1f} GB/s of memory, {int4_bytes_s / 1e9:.1f} of int4 weights, Gop/s of "
     reached += ", ".join(f"{rate / 1e9:,.0f} in {name}" for name, rate in flops.items())
     return Hardware(
         name="here",
@@ -46,6 +49,7 @@ def machine(*, bandwidth_bytes_s: float | None = None, seconds: float = 0.3) -> 
         bandwidth_bytes_s=bandwidth_bytes_s,
         bandwidth_efficiency=1.0,
         flops=flops,
+        streams={"w4a16": int4_bytes_s},
         compute_efficiency=1.0,
         source=f"{cores} cores, {memory / 1e9:.0f} GB; OpenVINO's products reach, beside whatever else runs: {reached}",
     )
@@ -61,6 +65,12 @@ def _product_s(
     if weights == "i8":
         scale = op.constant(np.full((outer, 1), 0.01, np.float16))
         w = op.convert(op.multiply(op.convert(op.constant(values), "f16"), scale), "f32")
+    elif weights == "i4":
+        packed = values.reshape(-1).view(np.uint8)[: inner * outer // 2]  # outlives the model, which points at it
+        codes = op.constant(ov.Tensor(packed, [outer, inner // _GROUP, _GROUP], ov.Type.i4))
+        scale = op.constant(np.full((outer, inner // _GROUP, 1), 0.01, np.float16))
+        grouped = op.multiply(op.convert(codes, "f16"), scale)
+        w = op.convert(op.reshape(grouped, np.array([outer, inner]), False), "f32")
     else:
         w = op.constant(values.astype(np.float32) / 64)
     model = ov.Model([op.result(op.matmul(x, w, False, True))], [x])

@@ -160,7 +160,7 @@ def prompts_s(placement: Placement, tokens: float, together: int = 1) -> float:
     head = 2 * shape.output.parameters / ranks  # the last token's logits only
     flops = shape.scale * (tokens * linears + head)
     computing = together * (flops / _flops(placement) + pairs / _flops(placement, "fp16"))
-    reading = shape.scale * read / _bandwidth(placement)
+    reading = shape.scale * read / _stream(placement)
     return max(computing, reading) + _exchange_s(placement, together * tokens) + _efficiency(placement).step_s
 
 
@@ -180,7 +180,7 @@ def step_s(placement: Placement, batch: int, context: float) -> tuple[float, str
     read += placement.precision.head_bytes(shape.output, kind) / ranks
     flops += 2 * shape.output.parameters / ranks
     cache = part * kv_sequence_bytes(shape, context, placement.kv_precision, ranks)
-    reading = (shape.scale * read + cache) / _bandwidth(placement)
+    reading = shape.scale * read / _stream(placement) + cache / _bandwidth(placement)
     computing = part * (shape.scale * flops / _flops(placement) + pairs / _flops(placement, "fp16"))
     exchange = _exchange_s(placement, part)
     efficiency = _efficiency(placement)
@@ -209,6 +209,11 @@ def _efficiency(placement: Placement) -> Efficiency:
 def _bandwidth(placement: Placement) -> float:
     hardware = placement.hardware
     return hardware.bandwidth_bytes_s * (hardware.bandwidth_efficiency or _efficiency(placement).bandwidth)
+
+
+def _stream(placement: Placement) -> float:
+    """Bytes of weights a second."""
+    return placement.hardware.streams.get(placement.precision.name, _bandwidth(placement))
 
 
 def _flops(placement: Placement, arithmetic: str | None = None) -> float:
