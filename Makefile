@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges model clean
+.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
 
 setup: $(READY)
 
@@ -30,11 +30,20 @@ bench: setup  ## the figures of README.md
 
 # Other tools want other versions of torch and transformers than we do: each has an environment of its own.
 PEERS := llmcompressor gptqmodel autoround
-JUDGES := llmcompressor gptqmodel modelopt peft lm_eval
+JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
 
 .venv-%/.ready: tests/bench/peers/%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+# Its wheel is for Python 3.12, where PyPI's torch brings CUDA; the exporter in it is plain Python and runs on 3.11.
+.venv-edgellm/.ready: tests/bench/peers/edgellm.txt
+	@test -x .venv-edgellm/bin/python || $(PYTHON) -m venv .venv-edgellm
+	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --python-version 3.12 --implementation cp --platform manylinux_2_35_x86_64 \
+	  --target $$(.venv-edgellm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') tensorrt-edgellm==0.11.0
 	@touch $@
 
 bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again
@@ -49,13 +58,19 @@ bench-gate: setup  ## false alarms and power of the gate, simulated and on this 
 bench-large: setup .venv-llmcompressor/.ready  ## the same on a model of 1B parameters (an hour of one core)
 	$(BIN)/python -m pytest -q -s -m peers tests/bench/test_large.py
 
+bench-plan: setup  ## what `llmopt plan` predicts for this CPU beside what bench measures
+	$(BIN)/python -m pytest -q -s -m bench tests/bench/test_planner.py
+
+gpu: setup  ## on a machine with an NVIDIA GPU and a CUDA build of torch: what we write, multiplied by the hardware
+	$(BIN)/python -m pytest -q -s -m gpu tests/gpu
+
 bench-memory: setup  ## 8 GB of weights under 4 GB of memory, and killed twenty times
 	$(BIN)/python -m pytest -q -s -m bench tests/bench/test_memory.py
 
 bench-judges: $(JUDGES:%=judge-%)  ## other tools load what we wrote
 
 judge-%: .venv-%/.ready
-	PYTHONPATH=. .venv-$*/bin/python -m pytest -q -m judge -W default tests/judges/test_$*.py
+	PYTHONPATH=. .venv-$*/bin/python -m pytest -q -m judge -W default $(wildcard tests/judges/test_$*.py tests/judges/test_$*_*.py)
 
 model: setup  ## train the shipped model again (hours on a CPU; see demo/README.md)
 	$(BIN)/python demo/train.py --out demo/model

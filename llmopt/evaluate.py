@@ -112,8 +112,8 @@ def evaluate(
     import torch
 
     from llmopt.formats.reading import open_model
+    from llmopt.models.companions import write_json
     from llmopt.models.parallel import Workers
-    from llmopt.models.writer import write_json
 
     loaded = [open_model(path) for path in (model, base) if path is not None]
     tokens = torch.from_numpy(evaluation_windows(model, text, settings, loaded[0].config))

@@ -6,14 +6,17 @@ of the form `<vendor>_<field>` are its rule for fields of one's own).
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmopt.artifacts.manifest import MANIFEST_NAME, Action, Manifest
 from llmopt.artifacts.outcome import Json
+
+_MOST_BYTES = 1 << 20  # of one byproduct
 
 
 def attest(
@@ -24,11 +27,12 @@ def attest(
     command: Sequence[str] | None = None,
     attempt: int = 1,
     folder: Path | None = None,
+    byproducts: Mapping[str, str] | None = None,
 ) -> dict[str, Json]:
     """The statement for an artifact made between two times (seconds since 1970).
 
     `command` is the command line, by default this process's; `folder`, by default the current one, is where a git
-    checkout is looked for.
+    checkout is looked for. Of each of `byproducts`, texts by name, the end is kept, at most a MiB.
     """
     import llmopt
 
@@ -52,6 +56,7 @@ def attest(
                     "llmopt_command": list(sys.argv if command is None else command),
                     "llmopt_attempt": attempt,
                 },
+                **({"byproducts": [_byproduct(name, text) for name, text in byproducts.items()]} if byproducts else {}),
             },
         },
     }
@@ -69,6 +74,12 @@ def git_commit(folder: Path) -> str | None:
         except (OSError, ValueError):
             return None
     return None
+
+
+def _byproduct(name: str, text: str) -> dict[str, Json]:
+    """As a ResourceDescriptor, whose content is base64."""
+    content = base64.b64encode(text.encode()[-_MOST_BYTES:]).decode()
+    return {"name": name, "mediaType": "text/plain", "content": content}
 
 
 def _definition(action: Action | None) -> dict[str, Json]:

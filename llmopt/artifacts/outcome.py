@@ -27,6 +27,7 @@ class Outcome:
     status: str = "complete"  # of an engine: "compiled", or "prepared" where the machine could not finish
     metrics: Mapping[str, Json] = field(default_factory=dict)
     events: tuple[str, ...] = ()  # fallbacks that changed numbers, in order
+    byproducts: Mapping[str, str] = field(default_factory=dict)  # texts for the attestation, by name: a log
 
 
 def silent(line: str, /, **facts: Json) -> None:

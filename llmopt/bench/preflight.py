@@ -163,6 +163,11 @@ def _check_engine(subject: Subject, settings: BenchSettings) -> None:
         raise LlmoptError(f"`{subject.engine}` is not an engine: it has no `engine.json`", hint=hint) from None
     except ValueError as error:
         raise LlmoptError(f"`{file}` is not JSON: {error}", hint=hint) from None
+    if isinstance(fields, dict) and fields.get("target", "openvino") != "openvino":
+        raise LlmoptError(
+            f"the engine `{subject.name}` is for `{fields['target']}`, which cannot be served here",
+            hint="run its `serve.sh` where its GPU is and give the server's URL, or compile for `openvino`",
+        )
     room = fields.get("max_context_tokens") if isinstance(fields, dict) else None
     needed = settings.workload.most_tokens
     if isinstance(room, int) and needed is not None and needed > room:

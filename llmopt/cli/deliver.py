@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.export import check_out
 from llmopt.artifacts.outcome import Json, Progress
-from llmopt.cli import summary
+from llmopt.cli import prepared, summary
 
 if TYPE_CHECKING:
     from llmopt.cli.options import Session
@@ -33,6 +33,9 @@ class Delivery:
 
         `figures` is the text for its metrics, if given; `more` is put beside the result for `--json`.
         """
+        if result.status == "prepared":
+            more = {**(more or {}), **prepared.about(result)}
+            figures = prepared.text(result, more)
         store = self._session.store
         if self._name is not None:
             store.set_name(self._name, result.artifact)

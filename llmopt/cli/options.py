@@ -6,8 +6,9 @@ and at last the stage's own default can speak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
+    from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
 #: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
 option = partial(typer.Option, show_envvar=False)
@@ -28,6 +30,10 @@ Profile = Annotated[
 ]
 Out = Annotated[str | None, option("--out", metavar="DIR", help="Also copy the artifact into this folder.")]
 Name = Annotated[str | None, option("--name", metavar="NAME", help="Also give the artifact this name in the store.")]
+Builder = Annotated[
+    str | None,
+    option("--builder", metavar="B", help="What builds on a GPU: a Python with tensorrt_llm, or `docker:IMAGE`."),
+]
 Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
 
 # Every command has these (but for --json-lines), and makes its session of them.
@@ -74,6 +80,33 @@ def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any
     from llmopt import profiles
 
     return profiles.load(profile).section(section) | given
+
+
+def overridden(settings: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
+    """The settings with each `key=value` of `--set` in its place; `build.workers=2` reaches into a mapping."""
+    from llmopt.profiles import assign
+
+    for override in overrides or ():
+        path, equals, text = override.partition("=")
+        if not equals or not all(path.split(".")):
+            raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set build.workers=2`")
+        settings = assign(settings, path, text)
+    return settings
+
+
+def builder(text: str | None, *, timeout_s: float | None = None, timing_cache: str | None = None) -> GpuBuilder | None:
+    """The value of `--builder` with what else is said of a build, as far as that needs no GPU; None without one."""
+    if timeout_s is not None and timeout_s <= 0:
+        raise SettingsError(f"`--timeout` cannot be `{timeout_s:g}`", hint="a number of seconds")
+    for flag, value in (("--timeout", timeout_s), ("--timing-cache", timing_cache)):
+        if text is None and value is not None:
+            raise SettingsError(f"`{flag}` is of a build, and nothing is built", hint="name a `--builder`")
+    if text is None:
+        return None
+    from llmopt.compilers.trt_llm.builder import TIMEOUT_S, Builder
+
+    cache = None if timing_cache is None else Path(timing_cache)
+    return replace(Builder.parse(text), timeout_s=timeout_s or TIMEOUT_S, timing_cache=cache)
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llmopt.cli import options as opt
+from llmopt.errors import Exit
 
 
 def run(
@@ -22,13 +23,15 @@ def run(
         str | None,
         opt.option("--out", metavar="DIR", help="Also copy each stage's artifact into a folder of this one."),
     ] = None,
+    builder: opt.Builder = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Quantize, compile, evaluate and load-test a model as PIPELINE says: a YAML file, or a shipped profile.
+    """Quantize, compile, evaluate and load-test a model as PIPELINE says: a YAML file, a shipped profile, or LMI's
+    serving.properties.
 
     Only what the store does not have is done.
     """
@@ -46,9 +49,17 @@ def run(
     def keep(step: str, staged: Path) -> None:
         keep_report(staged, folders.get(step), session.console.progress)
 
-    result = plan.run(session.store, wanted, session.console.progress, dry_run=dry_run, why=explain, keep=keep)
+    result = plan.run(
+        session.store,
+        wanted,
+        session.console.progress,
+        dry_run=dry_run,
+        why=explain,
+        keep=keep,
+        builder=opt.builder(builder),
+    )
     for step in result.steps:
         if step.name in folders and step.result is not None:
             session.store.export(step.result.artifact, folders[step.name])
     session.console.result(summary.planned(result) if dry_run else summary.text(result), summary.value(result))
-    return summary.exit_code(result)
+    return int(Exit.OK) if dry_run else summary.exit_code(result)

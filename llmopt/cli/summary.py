@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmopt.artifacts.disk import byte_size
-from llmopt.cli import verdict
+from llmopt.cli import prepared, verdict
 from llmopt.cli.tables import table
 from llmopt.errors import Exit
 from llmopt.pipeline.plan import Run, Step
+from llmopt.pipeline.runner import StageResult
 
 Format = Callable[[Any], str]
 
@@ -21,7 +22,8 @@ def text(run: Run) -> str:
     figures = [["", "base", "quantized", "ratio"], *_figures(run)]
     if run.step("quantize") is None:
         figures = [row[:2] for row in figures]
-    return "\n\n".join([*([table(figures)] if len(figures) > 1 else []), _artifacts(run.steps)])
+    notes = [prepared.text(result, prepared.about(result)) for result in _prepared(run)]
+    return "\n\n".join([*([table(figures)] if len(figures) > 1 else []), _artifacts(run.steps), *notes])
 
 
 #: Metrics of a quantized model that `quantized` shows.
@@ -56,10 +58,14 @@ def planned(run: Run) -> str:
     return "\n".join([table(lines, left=4), *([""] if blocks else []), *blocks])
 
 
+#: What a pipeline is for, the first that it has: `--json` says that of its run.
+_MADE = ("compile-build", "compile", "quantize", "eval", "bench")
+
+
 def value(run: Run) -> dict[str, Any]:
     """For `--json`: a stage's own keys for the thing that was made (the engine, say), then all stages."""
     results = {step.name: step.result for step in run.steps if step.result is not None}
-    made = next((results[name] for name in ("compile", "quantize", "eval", "bench") if name in results), None)
+    made = next((results[name] for name in _MADE if name in results), None)
     return (made.to_json() if made else {}) | {
         "pipeline": run.pipeline,
         "cached": len(results) == len(run.steps) and all(result.cached for result in results.values()),
@@ -70,8 +76,14 @@ def value(run: Run) -> dict[str, Any]:
 
 def exit_code(run: Run) -> int:
     """What was only prepared goes before what a gate says."""
-    prepared = any(step.result is not None and step.result.status == "prepared" for step in run.steps)
-    return int(Exit.BACKEND_MISSING) if prepared else verdict.exit_code(run.metrics("bench"))
+    return int(Exit.BACKEND_MISSING) if _prepared(run) else verdict.exit_code(run.metrics("bench"))
+
+
+def _prepared(run: Run) -> list[StageResult]:
+    """The engines that were prepared and not built."""
+    built = {step.name.removesuffix("-build") for step in run.steps if step.name.endswith("-build")}
+    found = [step.result for step in run.steps if step.name not in built and step.result is not None]
+    return [result for result in found if result.status == "prepared"]
 
 
 def _artifacts(steps: Sequence[Step]) -> str:
@@ -81,6 +93,8 @@ def _artifacts(steps: Sequence[Step]) -> str:
         if result is not None:
             took = "cached" if result.cached else f"{result.seconds:.1f} s"
             lines.append([step.name, result.artifact[:19], result.kind, byte_size(result.bytes), took])
+        else:
+            lines.append([step.name, f"waits for {step.waits_for}", "", "", ""])
     return table(lines, left=3)
 
 

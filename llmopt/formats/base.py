@@ -281,20 +281,31 @@ def pack_bits(codes_RC: np.ndarray, bits: int) -> np.ndarray:
     """
     rows, columns = codes_RC.shape
     words = -(-columns * bits // 32)
-    packed = np.zeros((rows, words), np.int32)
+    packed = np.zeros((rows, words * 4), np.uint8)
+    if 8 % bits == 0:  # no code lies in two bytes
+        for place in range(8 // bits):
+            part = (codes_RC[:, place :: 8 // bits] & np.uint8((1 << bits) - 1)) << np.uint8(bits * place)
+            packed[:, : part.shape[1]] |= part
+        return packed.view("<i4")
     for start in range(0, rows, _ROWS_AT_ONCE):
         chunk = codes_RC[start : start + _ROWS_AT_ONCE]
         stream = np.unpackbits(chunk[:, :, None], axis=2, count=bits, bitorder="little").reshape(len(chunk), -1)
         stream = np.pad(stream, ((0, 0), (0, words * 32 - columns * bits)))
-        packed[start : start + len(chunk)] = np.packbits(stream, axis=1, bitorder="little").view("<i4")
-    return packed
+        packed[start : start + len(chunk)] = np.packbits(stream, axis=1, bitorder="little")
+    return packed.view("<i4")
 
 
 def unpack_bits(packed_RW: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """The inverse of `pack_bits`: uint8 [R, columns]."""
     codes = np.empty((len(packed_RW), columns), np.uint8)
-    for start in range(0, len(packed_RW), _ROWS_AT_ONCE):
-        chunk = np.ascontiguousarray(packed_RW[start : start + _ROWS_AT_ONCE], "<i4").view(np.uint8)
+    packed = np.ascontiguousarray(packed_RW, "<i4").view(np.uint8)
+    if 8 % bits == 0:
+        for place in range(8 // bits):
+            part = codes[:, place :: 8 // bits]
+            part[:] = packed[:, : part.shape[1]] >> np.uint8(bits * place) & np.uint8((1 << bits) - 1)
+        return codes
+    for start in range(0, len(packed), _ROWS_AT_ONCE):
+        chunk = packed[start : start + _ROWS_AT_ONCE]
         stream = np.unpackbits(chunk, axis=1, count=columns * bits, bitorder="little")
         stream = stream.reshape(len(chunk), columns, bits)
         codes[start : start + len(chunk)] = np.packbits(stream, axis=2, bitorder="little")[:, :, 0]

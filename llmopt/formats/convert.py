@@ -45,8 +45,8 @@ def check_convert(model: Path, format: str) -> None:
 def convert(model: Path, format: str, out: Path, progress: Progress) -> Outcome:
     """Write `model` in `format` into the empty folder `out`. Peak memory is the largest block, or the embedding."""
     from llmopt.formats.dequantized import to_torch
-    from llmopt.models.companions import copy_companions
-    from llmopt.models.writer import CheckpointWriter, write_json
+    from llmopt.models.companions import copy_companions, write_json
+    from llmopt.models.writer import CheckpointWriter
 
     plan = _plan(model, format)
     checkpoint, config = plan.source.checkpoint, plan.source.config

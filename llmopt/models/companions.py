@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise LlmoptError(f"`{path}` holds no JSON object")
     return values
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

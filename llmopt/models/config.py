@@ -47,6 +47,13 @@ class DecoderConfig:
 
         Of a quantized checkpoint, the linears' own tensors are checked by `llmopt.formats`.
         """
+        config = cls.parse(checkpoint)
+        config._check_tensors(checkpoint)
+        return config
+
+    @classmethod
+    def parse(cls, checkpoint: Checkpoint) -> DecoderConfig:
+        """The same without a look at the tensors but the embedding's dtype and whether there is a head."""
         facts = Facts.of(checkpoint.config)
         family = facts.family
         heads, hidden = facts.size("num_attention_heads"), facts.size("hidden_size")
@@ -78,7 +85,6 @@ class DecoderConfig:
         )
         if config.heads % config.kv_heads:
             raise LlmoptError(f"{config.heads} attention heads are not a multiple of {config.kv_heads} KV heads")
-        config._check_tensors(checkpoint)
         return config
 
     @property

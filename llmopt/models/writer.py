@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from llmopt.models.checkpoint import TensorInfo, read_header
+from llmopt.models.companions import write_json
 
 #: What can be written: a tensor, or one that lies in a file and is copied from there without passing through memory.
 Writable: TypeAlias = torch.Tensor | TensorInfo
@@ -84,10 +85,6 @@ def write_safetensors(file: Path, tensors: Mapping[str, Writable], *, sync: bool
             os.fsync(stream.fileno())
     aside.replace(file)
     return digest.hexdigest()
-
-
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _describe(value: Writable) -> tuple[str, list[int], int, int]:

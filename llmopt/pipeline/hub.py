@@ -97,6 +97,17 @@ def fetch_model(reference: Reference, progress: Progress) -> Snapshot:
     return repository.fetch(shards)
 
 
+def fetch_config(reference: Reference, progress: Progress) -> Path:
+    """The config.json of a checkpoint, with what says beside it how it is quantized, and no weights."""
+    repository = _Repository.open(reference, progress)
+    if "config.json" not in repository.sizes:
+        raise repository.lacks("`config.json`", "is it an adapter? give the model it was made for")
+    beside = ("hf_quant_config.json", "quantize_config.json")
+    return (
+        repository.fetch(["config.json", *(name for name in beside if name in repository.sizes)]).folder / "config.json"
+    )
+
+
 def fetch_adapter(reference: Reference, progress: Progress) -> Snapshot:
     """A PEFT adapter: its configuration and weights."""
     repository = _Repository.open(reference, progress)

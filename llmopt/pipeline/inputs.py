@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.digest import describe, describe_all
+from llmopt.artifacts.manifest import MANIFEST_NAME
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
 from llmopt.pipeline.runner import StageResult
@@ -21,6 +22,7 @@ _KINDS = {
     "model": "a checkpoint",
     "quantized-model": "a quantized model",
     "engine": "an engine",
+    "plan": "the plan of an engine",
     "report": "a report",
     "calibration": "a calibration set",
 }
@@ -152,8 +154,11 @@ def text(file: str | Path, *, kind: str = "text") -> Input:
     """A text, or a file of rows, to calibrate on or to evaluate with."""
     path = Path(file)
     if not path.is_file():
-        hints = {"results": "give the result file of `vllm bench serve`, guidellm or aiperf"}
-        what = {"results": "result file", "workload": "workload file"}.get(kind, "text file")
+        hints = {
+            "results": "give the result file of `vllm bench serve`, guidellm or aiperf",
+            "timing cache": "give the `timing.cache` of an earlier build",
+        }
+        what = {"results": "result file", "workload": "workload file", "timing cache": kind}.get(kind, "text file")
         raise LlmoptError(f"no {what} at `{path}`", hint=hints.get(kind, "give a file of plain UTF-8 text"))
     return _input(describe(path, kind), path, path.name, files=(path,))
 
@@ -179,8 +184,10 @@ def require(source: Input, command: str, *kinds: str) -> None:
 
 
 def _folder(path: Path) -> Input:
+    """An engine without a manifest counts with the folders in it, which one for a GPU has."""
     kind = "engine" if (path / "engine.json").is_file() else "model"
-    return _input(describe(path, kind), path, path.resolve().name)
+    whole = kind == "engine" and not (path / MANIFEST_NAME).exists()
+    return _input((describe_all if whole else describe)(path, kind), path, path.resolve().name)
 
 
 def _of_hub(reference: str) -> Reference | None:

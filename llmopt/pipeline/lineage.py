@@ -11,6 +11,8 @@ from llmopt.errors import LlmoptError
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
 
+#: The input that an artifact is a form of.
+_PARENTS = ("prepared", "model")
 #: Of an evaluation, what a reader of another report wants to see.
 _QUALITY = ("perplexity", "base_perplexity", "kl_mean", "top1_agreement")
 
@@ -39,9 +41,10 @@ def _ancestors(store: Store, artifact: str) -> Iterator[dict[str, Json]]:
             "metrics": figures | measured.get(id_, {}),
             "bytes": manifest.size,
         }
-        if action is None or "model" not in action.inputs:
+        parent = None if action is None else next((name for name in _PARENTS if name in action.inputs), None)
+        if action is None or parent is None:
             return
-        id_, source = action.inputs["model"], action.inputs.get("model_source")
+        id_, source = action.inputs[parent], action.inputs.get(f"{parent}_source")
 
 
 def _evaluations(store: Store) -> dict[str, dict[str, Json]]:

@@ -23,9 +23,6 @@ PACKAGES = (
 )  # fmt: skip
 
 
-_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
-
-
 def cpu() -> dict[str, Json]:
     info = cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
@@ -103,40 +100,33 @@ def packages() -> dict[str, Json]:
 
 
 def gpus() -> list[Json]:
-    """NVIDIA GPUs: from nvidia-smi, else what the kernel driver tells."""
-    import subprocess
+    """NVIDIA GPUs, those that `CUDA_VISIBLE_DEVICES` hides too; None for what the driver does not tell."""
+    from llmopt.compilers.trt_llm.gpu import probe
 
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        found = sorted(_GPU_FOLDER.glob("*/information"))
-        return [{"name": _field(_read(file), "Model"), "memory_mib": None, "driver": None} for file in found]
-    rows = ([part.strip() for part in line.split(",")] for line in answer.splitlines() if line.strip())
     return [
-        {"name": row[0], "memory_mib": int(row[1]) if row[1].isdigit() else None, "driver": row[2]}
-        for row in rows
-        if len(row) == 3
+        {"name": gpu.name, "memory_mib": gpu.memory_mib, "driver": gpu.driver, "architecture": gpu.architecture}
+        for gpu in probe({}).gpus
     ]
 
 
 def targets(names: Iterable[str]) -> dict[str, Json]:
-    """What `llmopt compile --target X` comes to here: "compiled", or "unavailable" and why."""
+    """What `llmopt compile --target X` comes to here: "compiled", "prepared" or "unavailable", and why."""
     from llmopt import compilers
+    from llmopt.compilers.trt_llm import gpu
 
     found: dict[str, Json] = {}
     for name in names:
         try:
-            versions(compilers.deps(compilers.resolve({"target": name})))
-            found[name] = {"status": "compiled", "reason": None}
+            target = compilers.resolve({"target": name})
+            versions(compilers.deps(target))
+            if target.portable:
+                reason = f"{gpu.probe()}; `--builder` names what builds"
+                found[name] = {"status": "prepared", "reason": reason}
+            else:
+                found[name] = {"status": "compiled", "reason": None}
         except (BackendMissingError, LlmoptError) as error:
             found[name] = {"status": "unavailable", "reason": error.message}
     return found
-
-
-def _field(text: str, name: str) -> str | None:
-    lines = (line.partition(":") for line in text.splitlines())
-    return next((value.strip() for key, _, value in lines if key.strip() == name), None)
 
 
 def _read(file: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt import profiles
 from llmopt.artifacts.outcome import Json, Progress, within
-from llmopt.errors import SettingsError, nearest
+from llmopt.errors import BackendMissingError, SettingsError, nearest
 from llmopt.pipeline import inputs, runner, stages
 from llmopt.pipeline.explain import explain
 from llmopt.pipeline.inputs import Input
@@ -19,15 +19,20 @@ from llmopt.pipeline.runner import Stage, StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
+    from llmopt.compilers.trt_llm.builder import Builder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """What to do with which model; every section holds settings that its stage takes."""
+    """What to do with which model; every section holds settings that its stage takes.
+
+    notes: what the file that it was read from says that is not carried, or otherwise.
+    """
 
     name: str
     model: str
     sections: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -82,13 +87,15 @@ class _Pending:
 
 
 def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read a pipeline file or a shipped profile, apply `key.sub=value` overrides and check every setting."""
-    profile = profiles.load(reference)
+    """Read a pipeline file, a shipped profile or LMI's serving.properties, apply `key.sub=value` overrides and check
+    every setting."""
+    profile, notes = _read(reference)
     for override in overrides:
         profile = _override(profile, override)
     if profile.model is None:
+        said = "option.model_id=" if reference.endswith(".properties") else "model:"
         raise SettingsError(
-            f"the pipeline `{reference}` names no model", hint="`--set model=FOLDER`, or write `model:` in it"
+            f"the pipeline `{reference}` names no model", hint=f"`--set model=FOLDER`, or write `{said}` in it"
         )
     sections = profile.sections
     if not sections:
@@ -97,7 +104,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Pipeline:
         resolved(profile, name)
     if "bench" in sections and "compile" not in sections:
         raise SettingsError("`bench` measures an engine, and nothing compiles one", hint="add a section `compile:`")
-    pipeline = Pipeline(name=profile.name, model=profile.model, sections=sections)
+    pipeline = Pipeline(name=profile.name, model=profile.model, sections=sections, notes=notes)
     if "compile-base" in pipeline.steps and "quantize" not in sections:
         raise SettingsError("`bench.against: base` needs a quantized model to set against it", hint="add `quantize:`")
     return pipeline
@@ -111,13 +118,16 @@ def run(
     dry_run: bool = False,
     why: bool = False,
     keep: Callable[[str, Path], None] | None = None,
+    builder: Builder | None = None,
 ) -> Run:
     """Do every stage that the store has no result of, or with `dry_run` only say which those are.
 
     `why` finds out what separates a miss from what the store has. `keep` is that of `runner.execute`, called with the
-    step's name too.
+    step's name too. `builder` is what builds the engines of a staged target here.
     """
-    chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep)
+    for note in pipeline.notes:
+        progress(note)
+    chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep, builder=builder)
     steps, sections = pipeline.steps, pipeline.sections
     source = inputs.model(store, pipeline.model, progress)
     base: Input | _Pending = source
@@ -126,9 +136,9 @@ def run(
     if "quantize" in steps:
         model = chain.quantize(source, sections["quantize"])
     if "compile" in steps:
-        engines["candidate"] = chain.step("compile", lambda model: stages.compile_(model, sections["compile"]), model)
+        engines["candidate"] = chain.compile("compile", model, sections["compile"])
     if "compile-base" in steps:
-        engines["baseline"] = chain.step("compile-base", lambda base: stages.compile_(base, sections["compile"]), base)
+        engines["baseline"] = chain.compile("compile-base", base, sections["compile"])
     if "eval" in steps:
         pair = (model, base) if "quantize" in steps else (model,)
         chain.step("eval", lambda model, base=None: stages.evaluate(model, base, sections["eval"]), *pair)
@@ -144,6 +154,36 @@ def run(
             *engines.values(),
         )
     return Run(pipeline=pipeline.name, model_bytes=source.bytes, steps=chain.steps)
+
+
+def compile_model(
+    store: Store,
+    model: Input,
+    settings: Mapping[str, Any],
+    progress: Progress,
+    *,
+    builder: Builder | None = None,
+) -> StageResult:
+    """The engine of `llmopt compile`; one of a staged target is built only where there is a `builder` and its device.
+
+    Where these are not what it needs, that is told, and the engine stays prepared.
+    """
+    if not stages.is_staged(settings):
+        return runner.run(store, stages.compile_(model, settings), progress)
+    made = inputs.product(runner.run(store, stages.compile_plan(model, settings), progress))
+    prepared = runner.run(store, stages.compile_prepare(model, made, settings), progress)
+    if builder is None:
+        return prepared
+    try:
+        return build_engine(store, inputs.product(prepared), builder, progress)
+    except BackendMissingError as error:
+        progress(f"not built: {error.message}")
+        return prepared
+
+
+def build_engine(store: Store, prepared: Input, builder: Builder, progress: Progress) -> StageResult:
+    """The engine of a prepared artifact, built on this machine."""
+    return runner.run(store, stages.compile_build(prepared, builder), progress)
 
 
 def quantize_stage(
@@ -165,9 +205,17 @@ def quantize_stage(
 
 class _Chain:
     def __init__(
-        self, store: Store, progress: Progress, *, dry_run: bool, why: bool, keep: Callable[[str, Path], None] | None
+        self,
+        store: Store,
+        progress: Progress,
+        *,
+        dry_run: bool,
+        why: bool,
+        keep: Callable[[str, Path], None] | None,
+        builder: Builder | None,
     ) -> None:
         self.steps: list[Step] = []
+        self._builder = builder
         self._store, self._progress, self._dry_run, self._why, self._keep = store, progress, dry_run, why, keep
 
     def quantize(self, source: Input, settings: Mapping[str, Any]) -> Input | _Pending:
@@ -186,6 +234,24 @@ class _Chain:
             return stages.quantize(base, settings, calibration, adapter)
 
         return self.step("quantize", make, *needs)
+
+    def compile(self, name: str, model: Input | _Pending, settings: Mapping[str, Any]) -> Input | _Pending:
+        """One step; of a staged target up to three, of which the last needs a builder and its device.
+
+        What could only be prepared cannot be measured: whatever comes after waits for the build.
+        """
+        if not stages.is_staged(settings):
+            return self.step(name, lambda model: stages.compile_(model, settings), model)
+        made = self.step(f"{name}-plan", lambda model: stages.compile_plan(model, settings), model)
+        prepared = self.step(name, lambda model, made: stages.compile_prepare(model, made, settings), model, made)
+        builder = self._builder
+        if builder is None:
+            return _Pending(f"{name}-build")
+        try:
+            return self.step(f"{name}-build", lambda prepared: stages.compile_build(prepared, builder), prepared)
+        except BackendMissingError as error:
+            self._progress(f"{name}: not built: {error.message}")
+            return _Pending(f"{name}-build")
 
     def step(self, name: str, make: Callable[..., Stage], *needs: Input | _Pending) -> Input | _Pending:
         """Do, find or only describe one stage; what comes back is the input of the next."""
@@ -214,11 +280,21 @@ class _Chain:
         return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
 
 
+def _read(reference: str) -> tuple[profiles.Profile, tuple[str, ...]]:
+    """The profile, and what is to be told of how it was read."""
+    if not reference.endswith(".properties"):
+        return profiles.load(reference), ()
+    from llmopt.compilers.deploy import lmi_read
+
+    read = lmi_read.read(reference)
+    return read.profile, read.notes
+
+
 def _override(profile: profiles.Profile, override: str) -> profiles.Profile:
-    """`quantize.bits=3` or `model=demo/model`; a path is relative to the current folder."""
+    """`quantize.bits=3`, `compile.build.workers=2` or `model=demo/model`; a path is relative to the current folder."""
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
-    if not equals or (dot and not key):
+    if not equals or (dot and not all(key.split("."))):
         raise SettingsError(f"`--set {override}` is not `key=value`", hint="for example `--set quantize.bits=3`")
     if path == "model":
         return dataclasses.replace(profile, model=text)
@@ -228,7 +304,7 @@ def _override(profile: profiles.Profile, override: str) -> profiles.Profile:
     if not dot:
         raise SettingsError(f"`--set {override}` names no setting", hint=f"for example `--set {section}.key=value`")
     sections = {name: dict(values) for name, values in profile.sections.items()}
-    sections.setdefault(section, {})[key] = profiles.parse_value(text)
+    sections[section] = profiles.assign(sections.get(section, {}), key, text)
     return dataclasses.replace(profile, sections=sections, origins={**profile.origins, path: f"--set {path}"})
 
 

@@ -11,11 +11,15 @@ from llmopt.errors import BackendMissingError
 
 _PACKAGE = Path(__file__).parents[1]
 
+#: Of checkpoints that a runtime loads as they are, or nearly.
+_CHECKS = ("compilers/hub_model", "compilers/inspection", "compilers/model_check")
 #: The code that each operation runs, as paths in the package; a change in any of it gives other keys.
 SOURCES: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "models/text", "models/chat"),
     "quantize": ("quantizers", "formats", "models"),
-    "compile": ("compilers", "formats", "models"),
+    "compile.openvino": ("compilers/ov", "formats", "models"),
+    "compile.tensorrt-llm": ("compilers/trt_llm", "compilers/deploy", *_CHECKS, "planner", "formats", "models"),
+    "compile.vllm": ("compilers/vllm_target", "compilers/deploy", *_CHECKS, "planner", "formats", "models"),
     "eval": ("evaluate", "harness", "formats", "models"),
     "bench": ("bench", "serve", "models/chat"),
 }

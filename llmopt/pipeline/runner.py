@@ -100,7 +100,9 @@ def execute(
             status=outcome.status,
             events=outcome.events,
             metrics=outcome.metrics,
-            attestation=lambda manifest: attest(manifest, started=started, finished=time.time()),
+            attestation=lambda manifest: attest(
+                manifest, started=started, finished=time.time(), byproducts=outcome.byproducts
+            ),
         )
     return _result(store, stage, manifest, progress, cached=False, start=start)
 

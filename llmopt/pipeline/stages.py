@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
     from llmopt.bench import Subject
     from llmopt.calibrate import Calibration, CalibrationSettings
+    from llmopt.compilers.base import Staged, Target
+    from llmopt.compilers.trt_llm.builder import Builder
     from llmopt.quantizers import QuantizeSettings
 
 #: Keys of a section that name an input of the stage and are no setting of it.
@@ -208,24 +210,119 @@ def _size_of(calibration: Input, settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def compile_(model: Input, settings: Mapping[str, Any]) -> Stage:
-    """An engine from a checkpoint, plain or quantized."""
+    """An engine from a checkpoint, plain or quantized, for a target that makes it in one go."""
     from llmopt import compilers
+    from llmopt.compilers.base import Direct
 
     target = compilers.resolve(settings)
-    inputs.require(model, "compile", "model", "quantized-model")
+    assert isinstance(target, Direct)
+    return _compile(
+        "",
+        target,
+        {"model": model},
+        check=lambda: compilers.check(model.path, target),
+        produce=lambda out, progress: compilers.compile_model(model.path, target, out, progress),
+    )
+
+
+def compile_plan(model: Input, settings: Mapping[str, Any]) -> Stage:
+    """What an engine of a staged target will be, what it takes and which device it needs."""
+    target = _staged(settings)
+    return _compile(
+        ".plan",
+        target,
+        {"model": model},
+        check=lambda: target.check(model.path),
+        produce=lambda out, progress: target.plan(model.path, out, progress),
+    )
+
+
+def compile_prepare(model: Input, plan: Input, settings: Mapping[str, Any]) -> Stage:
+    """A prepared engine, from the checkpoint and its plan."""
+    target = _staged(settings)
+    return _compile(
+        "",
+        target,
+        {"model": model, "plan": plan},
+        check=lambda: target.check(model.path),
+        produce=lambda out, progress: target.prepare(model.path, plan.path, out, progress),
+    )
+
+
+def compile_build(prepared: Input, builder: Builder) -> Stage:
+    """The engine that a prepared artifact is for, built on this machine's GPU by the software that `builder` names.
+
+    Its key has that software and the GPU, so both are looked at here. Raises BackendMissingError where they are not
+    what the artifact needs.
+    """
+    from llmopt import compilers
+    from llmopt.compilers.trt_llm import build, gpu, target
+    from llmopt.compilers.trt_llm import builder as builders
+
+    inputs.require(prepared, "compile --resume", "engine")
+    cache = None if builder.timing_cache is None else inputs.text(builder.timing_cache, kind="timing cache")
+    artifact = build.Prepared.read(prepared.path)
+    gpus, _ = build.refuse_mismatch(artifact, gpu.probe())
+    found = builders.versions(builder)
+    device = {"gpu": gpus[0].name, "arch": gpus[0].architecture, "driver": gpus[0].driver}
     return Stage(
         kind="engine",
         action=Action(
-            op=f"compile.{target.target}",
+            op="compile.tensorrt-llm.build",
             op_version=compilers.OP_VERSION,
-            inputs=_ids(model=model),
-            settings=to_json(target),
-            code=provenance.code_digest("compile"),
-            deps=provenance.versions(compilers.deps(target)),
-            target=machine.architecture(),
+            inputs=_ids(prepared=prepared, timing_cache=cache),
+            settings={},
+            code=provenance.code_digest("compile.tensorrt-llm"),
+            deps={name: version for name, version in found.items() if version is not None},
+            target={name: value for name, value in device.items() if value is not None},
         ),
-        check=lambda: compilers.check(model.path, target),
-        produce=lambda out, progress: compilers.compile_model(model.path, target, out, progress),
+        check=lambda: None,
+        produce=lambda out, progress: target.build(prepared.path, out, builder, progress),
+    )
+
+
+def is_staged(settings: Mapping[str, Any]) -> bool:
+    """Whether the target is planned and prepared here, and built where its device is."""
+    from llmopt import compilers
+    from llmopt.compilers.base import Staged
+
+    return isinstance(compilers.resolve(settings), Staged)
+
+
+def _staged(settings: Mapping[str, Any]) -> Staged:
+    from llmopt import compilers
+    from llmopt.compilers.base import Staged
+
+    target = compilers.resolve(settings)
+    assert isinstance(target, Staged)
+    return target
+
+
+def _compile(
+    part: str,
+    target: Target,
+    given: Mapping[str, Input],
+    *,
+    check: Callable[[], None],
+    produce: Callable[[Path, Progress], Outcome],
+) -> Stage:
+    """One action of a compilation; what comes of a plan is `plan`, of anything else `engine`."""
+    from llmopt import compilers
+
+    inputs.require(given["model"], "compile", "model", "quantized-model")
+    return Stage(
+        kind="plan" if part else "engine",
+        action=Action(
+            op=f"compile.{target.target}{part}",
+            op_version=compilers.OP_VERSION,
+            inputs=_ids(**given),
+            settings=to_json(target),
+            code=provenance.code_digest(f"compile.{target.target}"),
+            deps=provenance.versions(compilers.deps(target)),
+            target={} if target.portable else machine.architecture(),
+        ),
+        check=check,
+        produce=produce,
     )
 
 

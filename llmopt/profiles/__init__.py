@@ -96,6 +96,13 @@ def parse_value(text: str) -> Any:
         raise SettingsError(f"`{text}` is not a YAML value", hint="quote it") from None
 
 
+def assign(settings: Mapping[str, Any], path: str, text: str) -> dict[str, Any]:
+    """The settings with the value of `text` (YAML) at `path`: `bits`, or `build.workers`, which is within a mapping."""
+    key, dot, inner = path.partition(".")
+    value, before = parse_value(text), settings.get(key)
+    return {**settings, key: {**(before if isinstance(before, dict) else {}), inner: value} if dot else value}
+
+
 @dataclass(frozen=True, slots=True)
 class _Document:
     """One YAML file: its top level, and the line of every key by its dotted name."""

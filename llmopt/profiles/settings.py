@@ -44,9 +44,12 @@ def to_json(settings: object) -> dict[str, Json]:
 
 
 def _plain(value: Any) -> Json:
-    """A mapping becomes pairs: its order counts here, and canonical JSON sorts the keys of an object."""
+    """A mapping becomes pairs: its order counts here, and canonical JSON sorts the keys of an object.
+
+    Objects within it are `Json`, where order means nothing: they stay as they are, so that `build` reads them back.
+    """
     if isinstance(value, Mapping):
-        return [[key, _plain(item)] for key, item in value.items()]
+        return [[key, item if isinstance(item, dict) else _plain(item)] for key, item in value.items()]
     if dataclasses.is_dataclass(value):
         return to_json(value)
     return [_plain(v) for v in value] if isinstance(value, tuple) else value
@@ -54,6 +57,8 @@ def _plain(value: Any) -> Json:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
+    if _is_json(hint):
+        return _json(value, where)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in typing.get_args(hint):
             return None
@@ -74,6 +79,25 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, hint):
         raise SettingsError(f"`{where}` must be {_name(hint)}, not `{value}`", hint=f"write it as {_example(hint)}")
+    return value
+
+
+def _is_json(hint: Any) -> bool:
+    """Whether `hint` is `Json`: the only union here with a list of itself in it."""
+    return any(
+        typing.get_origin(part) is list and isinstance(typing.get_args(part)[0], typing.ForwardRef)
+        for part in typing.get_args(hint)
+    )
+
+
+def _json(value: Any, where: str) -> Json:
+    """`value` as it is; SettingsError where JSON could not hold it, such as a date that YAML has read."""
+    if isinstance(value, dict):
+        return {str(key): _json(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json(item, where) for item in value]
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise SettingsError(f"`{where}` cannot be `{value}`", hint="quote it if it is text")
     return value
 
 

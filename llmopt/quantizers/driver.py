@@ -25,12 +25,12 @@ from llmopt.formats.dequantized import fp8_input, int8_input, load_block, load_f
 from llmopt.formats.reading import all_modules, get_format, linears, open_quantized
 from llmopt.formats.scheme import Scheme
 from llmopt.models.checkpoint import Checkpoint, TensorInfo, read_header
-from llmopt.models.companions import copy_companions
+from llmopt.models.companions import copy_companions, write_json
 from llmopt.models.config import DecoderConfig
 from llmopt.models.decoder import DecoderBlock, InputTransform, embed, final_norm, position_tables
 from llmopt.models.families import Site
 from llmopt.models.parallel import Workers
-from llmopt.models.writer import CheckpointWriter, Writable, write_json
+from llmopt.models.writer import CheckpointWriter, Writable
 from llmopt.quantizers import errors_report
 from llmopt.quantizers.activations import kv_scales
 from llmopt.quantizers.base import Rounded, Statistics, sample_every

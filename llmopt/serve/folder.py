@@ -50,7 +50,7 @@ class EngineFolder:
         if values.get("target") != "openvino":
             raise LlmoptError(
                 f"an engine for `{values.get('target')}` cannot be served here",
-                hint="compile it with `--target openvino`, or serve it with the target's own server",
+                hint="run its `serve.sh` where its GPU is and give the server's URL, or compile for `openvino`",
             )
         for name in FILES:
             if not (path / name).is_file():

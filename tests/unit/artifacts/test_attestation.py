@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 from collections.abc import Callable
@@ -51,6 +52,15 @@ def test_every_run_is_kept_and_none_changes_the_artifact(store: Store, put: Put,
     starts = [json.dumps(statement) for statement in store.attestations(plain.id)]
     assert ["00:00:01Z" in starts[0], "00:00:02Z" in starts[1]] == [True, True]
     assert store.verify(plain.id) == []
+
+
+def test_a_log_is_beside_the_artifact_and_only_its_end_where_it_is_long(put: Put) -> None:
+    statement = json.loads(
+        json.dumps(attest(put(), started=0, finished=1, byproducts={"build.log": "x" * 2**21 + "y"}))
+    )
+    (found,) = statement["predicate"]["runDetails"]["byproducts"]
+    text = base64.b64decode(found["content"]).decode()
+    assert (found["name"], len(text), text[-2:]) == ("build.log", 2**20, "xy")
 
 
 def test_an_imported_artifact_has_a_statement_too(put: Put) -> None:

@@ -110,21 +110,6 @@ def test_a_name_stands_for_the_artifact(llmopt: Llmopt, tiny: Path) -> None:
     assert shown["names"] == ["tiny-int4"]
 
 
-def test_a_prepared_engine_is_printed_and_exits_with_3(
-    llmopt: Llmopt, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmopt import compilers
-
-    def prepare(model: Path, settings: object, out: Path, progress: object) -> Outcome:
-        (out / "engine.json").write_text("{}")
-        return Outcome(status="prepared")
-
-    monkeypatch.setattr(compilers, "compile_model", prepare)
-    ran = llmopt("compile", tiny, "--json")
-    assert ran.code == 3
-    assert ran.json["status"] == "prepared"
-
-
 def test_an_event_that_changed_numbers_is_shown(llmopt: Llmopt, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmopt import quantizers
 

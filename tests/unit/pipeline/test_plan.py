@@ -133,6 +133,13 @@ def test_a_pipeline_without_a_stage_is_an_error(write: WritePipeline) -> None:
     assert refused(write("model: m\n")).code == Exit.USAGE
 
 
+def test_an_override_reaches_into_a_mapping(write: WritePipeline) -> None:
+    file = write("model: m\ncompile: {target: tensorrt-llm, mode: engine, build: {workers: 1}}\n")
+    found = plan.load(file, ["compile.build.gemm_plugin=auto"]).sections["compile"]
+    assert found["build"] == {"workers": 1, "gemm_plugin": "auto"}
+    assert "`--set compile.build.=1` is not" in refused(file, "compile.build.=1").message
+
+
 def test_a_bench_needs_something_that_compiles(write: WritePipeline) -> None:
     assert "compile" in str(refused(write("model: m\nbench:\n")).hint)
 

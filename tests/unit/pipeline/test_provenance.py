@@ -36,7 +36,15 @@ def test_shared_code_is_in_the_digest_of_all_that_run_it(package: Path) -> None:
     with (package / "models" / "config.py").open("a") as file:
         file.write("# a change\n")
     changed = {operation for operation in before if digest(operation) != before[operation]}
-    assert changed == {"quantize", "compile", "eval"}
+    compiled = {operation for operation in before if operation.startswith("compile.")}
+    assert changed == {"quantize", "eval"} | compiled
+
+
+def test_a_targets_code_changes_no_key_of_another(package: Path) -> None:
+    before = {operation: digest(operation) for operation in provenance.SOURCES}
+    with (package / "compilers" / "ov" / "ir.py").open("a") as file:
+        file.write("# a change\n")
+    assert {operation for operation in before if digest(operation) != before[operation]} == {"compile.openvino"}
 
 
 def test_a_renamed_file_changes_the_digest(package: Path) -> None:
@@ -87,13 +95,14 @@ def test_a_machine_without_proc_is_still_described(monkeypatch: pytest.MonkeyPat
         machine.cpu_info.cache_clear()
 
 
-def test_a_gpu_is_found_by_its_driver_where_nvidia_smi_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gpu_is_described_whatever_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, GPU-1, NVIDIA H200, 143771, 570.86.15, 9.0'\n")
+    smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    folder = tmp_path / "0000:00:01.0"
-    folder.mkdir()
-    (folder / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:   33\n")
-    monkeypatch.setattr(machine, "_GPU_FOLDER", tmp_path)
-    assert machine.gpus() == [{"name": "NVIDIA H200", "memory_mib": None, "driver": None}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (found,) = machine.gpus()
+    assert found == {"name": "NVIDIA H200", "memory_mib": 143771, "driver": "570.86.15", "architecture": "sm_90"}
 
 
 def test_a_target_whose_package_is_missing_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""OpenVINO: a checkpoint as a stateful IR that openvino-genai serves on a CPU."""
