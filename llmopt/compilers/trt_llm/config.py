@@ -188,9 +188,6 @@ class EngineConfig:
         """Where there are fewer heads than ranks, each is on several."""
         return max(self.kv_heads // self.tensor_parallel, 1)
 
-    def tensor_rank(self, rank: int) -> int:
-        return rank % self.tensor_parallel
-
     def layers_of_rank(self, rank: int) -> range:
         """The blocks of a rank; it counts its own from 0."""
         each, stage = self.layers // self.pipeline_parallel, rank // self.tensor_parallel
