@@ -5,7 +5,6 @@ vLLM compiles when it loads, so there is nothing to compile ahead: the artifact 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.compilers import deploy
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.formats.scheme import Holds, KVCache, Scheme
+from llmopt.models.companions import write_json
 from llmopt.planner import hardware
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class VLLM:
         report = check_model(out / "model", "checkpoint for vLLM", record=True)
         deploy.write(_emitters(self), _deployment(self, source), out)
         about = _describe(self, source)
-        (out / "engine.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "engine.json", about)
         return Outcome(status="prepared", metrics={"runtime": "vLLM", **about, "validated": report.to_json()})
 
 

@@ -256,15 +256,12 @@ def compile_build(prepared: Input, builder: Builder) -> Stage:
     what the artifact needs.
     """
     from llmopt import compilers
-    from llmopt.compilers.trt_llm import build, gpu, target
-    from llmopt.compilers.trt_llm import builder as builders
+    from llmopt.compilers.trt_llm import build, target
 
     inputs.require(prepared, "compile --resume", "engine")
     cache = None if builder.timing_cache is None else inputs.text(builder.timing_cache, kind="timing cache")
-    artifact = build.Prepared.read(prepared.path)
-    gpus, _ = build.refuse_mismatch(artifact, gpu.probe())
-    found = builders.versions(builder)
-    device = {"gpu": gpus[0].name, "arch": gpus[0].architecture, "driver": gpus[0].driver}
+    site = build.Site.find(prepared.path, builder)
+    device = {"gpu": site.gpus[0].name, "arch": site.gpus[0].architecture, "driver": site.gpus[0].driver}
     return Stage(
         kind="engine",
         action=Action(
@@ -273,11 +270,11 @@ def compile_build(prepared: Input, builder: Builder) -> Stage:
             inputs=_ids(prepared=prepared, timing_cache=cache),
             settings={},
             code=provenance.code_digest("compile.tensorrt-llm"),
-            deps={name: version for name, version in found.items() if version is not None},
+            deps={name: version for name, version in site.versions.items() if version is not None},
             target={name: value for name, value in device.items() if value is not None},
         ),
         check=lambda: None,
-        produce=lambda out, progress: target.build(prepared.path, out, builder, progress),
+        produce=lambda out, progress: target.build(site, out, progress),
     )
 
 

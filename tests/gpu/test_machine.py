@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmopt.artifacts.outcome import silent
-from llmopt.compilers.trt_llm.build import run
+from llmopt.compilers.trt_llm.build import Site
 from llmopt.compilers.trt_llm.builder import Builder
 from llmopt.compilers.trt_llm.gpu import probe
 from llmopt.errors import BackendMissingError
@@ -36,11 +35,8 @@ def prepared(folder: Path, **changes: Any) -> Path:
 
 def refusal(folder: Path, **changes: Any) -> str:
     """What is said to an artifact that this machine is not made for; the builder has no TensorRT-LLM."""
-    out = folder / "out"
-    out.mkdir()
     with pytest.raises(BackendMissingError) as caught:
-        run(prepared(folder, **changes), out, Builder.parse(sys.executable), progress=silent)
-    assert not list(out.iterdir())
+        Site.find(prepared(folder, **changes), Builder.parse(sys.executable))
     return caught.value.message
 
 

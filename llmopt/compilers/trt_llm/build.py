@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,64 +97,48 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Built:
-    """What was done, for the manifest. observed: of the server in bundle mode."""
+class Site:
+    """Where an artifact will be built: looked at once, before anything runs.
 
-    builder: str
-    gpus: tuple[Gpu, ...]
-    versions: Mapping[str, str | None]
-    seconds: float
-    observed: Mapping[str, Json] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Json]:
-        return {
-            "builder": self.builder,
-            "gpus": [gpu.to_json() for gpu in self.gpus],
-            "versions": dict(self.versions),
-            "seconds": round(self.seconds, 1),
-            "observed": dict(self.observed),
-        }
-
-
-def run(
-    prepared: Path,
-    out: Path,
-    builder: Builder,
-    *,
-    progress: Progress,
-) -> Built:
-    """Build `prepared` into the folder `out`: `engine/`, `timing.cache` and `build.log`; for a bundle the log alone.
-
-    While it runs, the log lies outside `out`, and stays there if the
-    build fails or is interrupted; the error says where. Raises BackendMissingError where this machine or the builder
-    is not what the artifact needs, before anything runs.
+    gpus: those to use; visible: the environment that shows those only; versions: of the builder's packages.
     """
-    artifact, out = Prepared.read(prepared), out.absolute()
-    gpus, visible = refuse_mismatch(artifact, probe())
-    found = versions(builder)
-    _refuse_version(artifact, builder, found)
-    began_s = time.monotonic()
+
+    artifact: Prepared
+    builder: Builder
+    gpus: tuple[Gpu, ...]
+    visible: Mapping[str, str]
+    versions: Mapping[str, str | None]
+
+    @classmethod
+    def find(cls, prepared: Path, builder: Builder) -> Site:
+        """Raises BackendMissingError where this machine or the builder is not what the artifact needs."""
+        artifact = Prepared.read(prepared)
+        gpus, visible = refuse_mismatch(artifact, probe())
+        found = versions(builder)
+        _refuse_version(artifact, builder, found)
+        return cls(artifact=artifact, builder=builder, gpus=gpus, visible=visible, versions=found)
+
+
+def run(site: Site, out: Path, *, progress: Progress) -> dict[str, Json]:
+    """Build into the folder `out`: `engine/`, `timing.cache` and `build.log`; for a bundle the log alone.
+
+    Returns what was seen of a bundle's server. While it runs, the log lies outside `out`, and stays there if the build
+    fails or is interrupted; the error says where.
+    """
+    artifact, builder, out = site.artifact, site.builder, out.absolute()
+    deadline_s = time.monotonic() + builder.timeout_s
     with _log(out, progress) as log, _work(out) as work:
-        place = _Place(artifact, out, builder, work, visible)
-        deadline_s = began_s + builder.timeout_s
-        observed: dict[str, Json] = {}
-        if artifact.mode == "engine":
-            if builder.timing_cache is not None:
-                shutil.copyfile(builder.timing_cache, out / "timing.cache")
-            (out / "engine").mkdir()
-            for command in artifact.build:
-                _build(place, command, log, progress, deadline_s, builder.timeout_s)
-            if faults := engine_faults(out / "engine", artifact, str(found["tensorrt_llm"])):
-                raise LlmoptError(f"the build left no usable engine: {'; '.join(faults)}", hint=last_lines(log))
-        else:
-            observed = _observe(place, log, progress, deadline_s, builder.timeout_s)
-    return Built(
-        builder=str(builder),
-        gpus=gpus,
-        versions=found,
-        seconds=time.monotonic() - began_s,
-        observed=observed,
-    )
+        place = _Place(artifact, out, builder, work, site.visible)
+        if artifact.mode == "bundle":
+            return _observe(place, log, progress, deadline_s, builder.timeout_s)
+        if builder.timing_cache is not None:
+            shutil.copyfile(builder.timing_cache, out / "timing.cache")
+        (out / "engine").mkdir()
+        for command in artifact.build:
+            _build(place, command, log, progress, deadline_s, builder.timeout_s)
+        if faults := engine_faults(out / "engine", artifact, str(site.versions["tensorrt_llm"])):
+            raise LlmoptError(f"the build left no usable engine: {'; '.join(faults)}", hint=last_lines(log))
+    return {}
 
 
 def refuse_mismatch(artifact: Prepared, found: Probe) -> tuple[tuple[Gpu, ...], Mapping[str, str]]:

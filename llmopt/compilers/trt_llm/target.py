@@ -8,15 +8,15 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.compilers import deploy
 from llmopt.compilers.trt_llm.settings import Settings
-from llmopt.models.companions import COMPANIONS, copy_companions
+from llmopt.models.companions import COMPANIONS, copy_companions, write_json
 
 if TYPE_CHECKING:
-    from llmopt.compilers.trt_llm.builder import Builder
+    from llmopt.compilers.trt_llm.build import Site
     from llmopt.compilers.trt_llm.plan import Plan
 
 #: What of a prepared artifact goes with the engine: what serves it, never what else lies in the user's folder.
@@ -45,7 +45,7 @@ class TensorRTLLM(Settings):
 
         made = plan.make(model, self)
         said = made.to_json()
-        _write_json(out / "plan.json", said)
+        write_json(out / "plan.json", said)
         memory = said["memory"]
         assert isinstance(memory, dict)
         return Outcome(metrics={**plan.facts(made), **memory})
@@ -63,7 +63,7 @@ class TensorRTLLM(Settings):
             _write(out / name, text)
         for name, text in deploy.emit(self.emit, deployment(made)).items():
             _write(out / name, text)
-        _write_json(out / "engine.json", _describe(model, made))
+        write_json(out / "engine.json", _describe(model, made))
         progress("validating what was written")
         report = validate.validate(out, record=True)
         return Outcome(
@@ -73,19 +73,20 @@ class TensorRTLLM(Settings):
         )
 
 
-def build(prepared: Path, out: Path, builder: Builder, progress: Progress) -> Outcome:
+def build(site: Site, out: Path, progress: Progress) -> Outcome:
     """The engine of a prepared artifact, made and looked at by `build.run`, with what serves it.
 
     What was seen on the way (the log, how long it took, what the server answered) is no part of the engine.
     """
-    from llmopt.compilers.trt_llm import build
+    from llmopt.compilers.trt_llm.build import run
 
-    built = build.run(prepared, out, builder, progress=progress)
+    prepared = site.artifact.path
+    observed = run(site, out, progress=progress)
     log = out / "build.log"
     byproducts = {"build.log": log.read_text(encoding="utf-8", errors="replace")}
     log.unlink()
-    if built.observed:
-        byproducts["observed.json"] = json.dumps(built.observed, indent=2)
+    if observed:
+        byproducts["observed.json"] = json.dumps(observed, indent=2)
     for name in _FOR_SERVING:
         if (prepared / name).exists():
             _link(prepared / name, out / name)
@@ -93,12 +94,12 @@ def build(prepared: Path, out: Path, builder: Builder, progress: Progress) -> Ou
         copy_companions(prepared, out / "engine")  # so that a server can be given this folder alone
     said = json.loads((prepared / "engine.json").read_text(encoding="utf-8"))
     about: dict[str, Json] = {
-        "architecture": built.gpus[0].architecture,
-        "gpu": built.gpus[0].name,
-        "driver": built.gpus[0].driver,
-        "versions": dict(built.versions),
+        "architecture": site.gpus[0].architecture,
+        "gpu": site.gpus[0].name,
+        "driver": site.gpus[0].driver,
+        "versions": dict(site.versions),
     }
-    _write_json(out / "engine.json", {**said, **about, "status": "compiled"})
+    write_json(out / "engine.json", {**said, **about, "status": "compiled"})
     metrics = {"runtime": "TensorRT-LLM", "mode": said["mode"], "version": said["version"], **about}
     return Outcome(status="compiled", metrics=metrics, byproducts=byproducts)
 
@@ -122,7 +123,7 @@ def _write_weights(model: Path, made: Plan, out: Path, progress: Progress) -> tu
     copy_companions(model, out)
     # The tokenizer's class may be told by config.json alone; of the weights' encoding it must not speak.
     plain = {key: value for key, value in source.checkpoint.config.items() if key != "quantization_config"}
-    _write_json(out / "config.json", plain)
+    write_json(out / "config.json", plain)
     return checkpoint.write(source, made.engine, folder, progress)
 
 
@@ -165,7 +166,3 @@ def _link(source: Path, target: Path) -> None:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-
-
-def _write_json(file: Path, value: Any) -> None:
-    _write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

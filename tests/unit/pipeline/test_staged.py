@@ -16,7 +16,7 @@ import pytest
 
 from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
-from llmopt.compilers.trt_llm import checkpoint, gpu
+from llmopt.compilers.trt_llm import build, checkpoint, gpu
 from llmopt.compilers.trt_llm.builder import Builder
 from llmopt.compilers.trt_llm.validate import validate
 from llmopt.errors import BackendMissingError, CorruptError, LlmoptError, SettingsError
@@ -61,7 +61,7 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "probe", lambda: gpu.Probe((), ("`nvidia-smi` is not installed",)))
+    monkeypatch.setattr(build, "probe", lambda: gpu.Probe((), ("`nvidia-smi` is not installed",)))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 
 from llmopt.artifacts.outcome import silent
 from llmopt.compilers.trt_llm import build, child, commands, gpu
-from llmopt.compilers.trt_llm.build import Built, Prepared, engine_faults, run
+from llmopt.compilers.trt_llm.build import Prepared, Site, engine_faults, run
 from llmopt.compilers.trt_llm.builder import Builder, versions
 from llmopt.compilers.trt_llm.settings import Settings
 from llmopt.errors import BackendMissingError, CorruptError, Exit, LlmoptError, SettingsError
@@ -205,14 +205,15 @@ class Machine:
         (folder / "commands.json").write_text(json.dumps(commands))
         return folder
 
-    def run(self, prepared: Path | None = None, *, deed: str = "", timeout_s: float = 30, **options: Any) -> Built:
+    def run(self, prepared: Path | None = None, *, deed: str = "", timeout_s: float = 30, **options: Any) -> Any:
         self._monkeypatch.setenv("DEED", deed)
         self.out = self.folder / "out"
         self.out.mkdir()
         builder = options.pop("builder", Builder.parse(str(self.python)))
         builder = dataclasses.replace(builder, timeout_s=timeout_s, timing_cache=options.pop("timing_cache", None))
         prepared = prepared or self.prepared()
-        return run(prepared, self.out, builder, progress=options.pop("progress", silent), **options)
+        self.site = Site.find(prepared, builder)
+        return run(self.site, self.out, progress=options.pop("progress", silent), **options)
 
     def log(self) -> str:
         """That of a build that failed."""
@@ -248,7 +249,7 @@ def until(condition: Callable[[], bool]) -> bool:
 
 def test_a_build_leaves_the_ranks_the_timing_cache_and_its_log(machine: Machine) -> None:
     said: list[str] = []
-    built = machine.run(progress=lambda line, /, **facts: said.append(line))
+    machine.run(progress=lambda line, /, **facts: said.append(line))
     files = sorted(str(file.relative_to(machine.out)) for file in machine.out.rglob("*") if file.is_file())
     assert files == ["build.log", "engine/config.json", "engine/rank0.engine", "engine/rank1.engine", "timing.cache"]
     assert not list(machine.logs.iterdir())
@@ -258,9 +259,8 @@ def test_a_build_leaves_the_ranks_the_timing_cache_and_its_log(machine: Machine)
     assert "visible None" in log
     assert any(line.startswith("visible None") for line in said)
     assert not any(is_running(pid) for pid in pids_in(log))
-    assert built.versions["tensorrt_llm"] == VERSION
-    assert [device.architecture for device in built.gpus] == ["sm_90", "sm_90"]
-    assert built.to_json()["builder"] == f"python:{machine.python}"
+    assert machine.site.versions["tensorrt_llm"] == VERSION
+    assert [device.architecture for device in machine.site.gpus] == ["sm_90", "sm_90"]
 
 
 @pytest.mark.parametrize("mode", ["engine", "bundle"])
@@ -378,13 +378,13 @@ from pathlib import Path
 from llmopt.artifacts.outcome import silent
 from llmopt.cli.app import _terminated
 from llmopt.compilers.trt_llm import child
-from llmopt.compilers.trt_llm.build import run
+from llmopt.compilers.trt_llm.build import Site, run
 from llmopt.compilers.trt_llm.builder import Builder
 child._GRACE_S = 0.3
 signal.signal(signal.SIGTERM, _terminated)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 try:
-    run(Path(sys.argv[1]), Path(sys.argv[2]), Builder.parse(sys.argv[3]), progress=silent)
+    run(Site.find(Path(sys.argv[1]), Builder.parse(sys.argv[3])), Path(sys.argv[2]), progress=silent)
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -417,8 +417,7 @@ def test_a_signal_leaves_no_process_behind(
 
 
 def test_a_bundle_is_served_once(machine: Machine) -> None:
-    built = machine.run(machine.prepared(mode="bundle"))
-    observed = built.observed
+    observed = machine.run(machine.prepared(mode="bundle"))
     assert (observed["model"], observed["text"], observed["completion_tokens"]) == ("bundle", " Paris", 8)
     assert isinstance(observed["ready_s"], float)
     assert [file.name for file in machine.out.iterdir()] == ["build.log"]
@@ -463,7 +462,8 @@ def test_another_architecture_is_refused(machine: Machine) -> None:
 
 def test_an_artifact_for_any_architecture_takes_any(machine: Machine) -> None:
     machine.gpus(L4)
-    assert [device.name for device in machine.run(machine.prepared(architecture=None)).gpus] == ["NVIDIA L4"]
+    machine.run(machine.prepared(architecture=None))
+    assert [device.name for device in machine.site.gpus] == ["NVIDIA L4"]
 
 
 def test_serving_needs_a_gpu_for_each_rank(machine: Machine) -> None:
@@ -480,9 +480,9 @@ def test_one_gpu_builds_all_ranks(machine: Machine) -> None:
 
 def test_a_mixed_machine_shows_the_build_its_gpus_only(machine: Machine) -> None:
     machine.gpus(L4, H100)
-    built = machine.run()
+    machine.run()
     assert "visible GPU-1 in" in (machine.out / "build.log").read_text()
-    assert [device.uuid for device in built.gpus] == ["GPU-1"]
+    assert [device.uuid for device in machine.site.gpus] == ["GPU-1"]
 
 
 def test_another_version_is_refused(machine: Machine) -> None:
@@ -494,7 +494,8 @@ def test_another_version_is_refused(machine: Machine) -> None:
 def test_what_a_build_of_a_version_appends_does_not_matter(machine: Machine) -> None:
     shutil.rmtree(machine.folder / "site" / f"tensorrt_llm-{VERSION}.dist-info")
     machine.environment(f"{VERSION}+cu13")
-    assert machine.run().versions["tensorrt_llm"] == f"{VERSION}+cu13"
+    machine.run()
+    assert machine.site.versions["tensorrt_llm"] == f"{VERSION}+cu13"
 
 
 def test_versions_are_asked_without_importing_anything(machine: Machine) -> None:
@@ -590,8 +591,8 @@ def docker(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 def test_a_container_sees_the_artifact_read_only_and_runs_as_the_user(
     machine: Machine, docker: Callable[[], list[list[str]]]
 ) -> None:
-    built = machine.run(builder=Builder.parse("docker:ngc/trt:1"))
-    assert built.versions["image"] == "sha256:0123"
+    machine.run(builder=Builder.parse("docker:ngc/trt:1"))
+    assert machine.site.versions["image"] == "sha256:0123"
     assert (machine.out / "engine" / "rank1.engine").is_file()
     words = docker()[-1]
     prepared = machine.folder / "prepared"
