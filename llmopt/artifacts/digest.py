@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Thread
+from typing import Any, BinaryIO, TypeVar
 
+from llmopt.artifacts.chunks import CHUNK_BYTES, chunk_digest
 from llmopt.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parents
 from llmopt.errors import CorruptError, LlmoptError
 
@@ -17,6 +21,9 @@ _ENGINE_SUFFIXES = (".xml", ".bin")  # of a model they would be pickles, which n
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 #: A text is its bytes: renaming it changes no result, so its name is not in its digest.
 _TEXT_NAME = "text"
+_READ_BYTES = 1 << 20
+
+T = TypeVar("T")
 
 
 def sha256_file(path: Path) -> str:
@@ -25,13 +32,52 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(path: Path, name: str) -> FileEntry:
-    """The entry `name` of a file that from now on is read-only, and synced to the disk."""
+def seal(path: Path, name: str) -> tuple[FileEntry, tuple[str, ...]]:
+    """The entry `name` of a file that from now on is read-only, and synced to the disk; with its chunk digests."""
     with path.open("rb", buffering=0) as file:
         os.fchmod(file.fileno(), 0o444)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        with _syncing(file.fileno()) if size > CHUNK_BYTES else nullcontext():
+            digest, chunks = read_through(file)
         os.fsync(file.fileno())
-        return FileEntry(name, os.fstat(file.fileno()).st_size, digest)
+        return FileEntry(name, size, digest), chunks
+
+
+@contextmanager
+def _syncing(descriptor: int) -> Iterator[None]:
+    """The disk writes while the file is read. An error of it is told here: the system tells it once."""
+    errors: list[OSError] = []
+
+    def sync() -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            errors.append(error)
+
+    thread = Thread(target=sync)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def read_through(file: BinaryIO) -> tuple[str, tuple[str, ...]]:
+    """The sha256 of what is left in a file, and the digests of its chunks where it is longer than one chunk."""
+    whole, part, chunks, left = hashlib.sha256(), chunk_digest(), [], CHUNK_BYTES
+    buffer = memoryview(bytearray(_READ_BYTES))
+    while count := file.readinto(buffer[: min(left, _READ_BYTES)]):  # type: ignore[attr-defined]
+        whole.update(buffer[:count])
+        part.update(buffer[:count])
+        left -= count
+        if not left:
+            chunks.append(part.hexdigest())
+            part, left = chunk_digest(), CHUNK_BYTES
+    if left < CHUNK_BYTES:
+        chunks.append(part.hexdigest())
+    return whole.hexdigest(), tuple(chunks) if len(chunks) > 1 else ()
 
 
 def describe(path: Path, kind: str, *, only: Iterable[str] | None = None) -> Manifest:
@@ -88,6 +134,14 @@ def faults(
         elif path not in folders or not stat.S_ISDIR(mode):
             odd.append(path)
     return odd, [entry for path, entry in wanted.items() if path not in good]
+
+
+def in_parallel(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+    """As `map`, two at a time: one waits for the disk while another computes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(work, *arguments))
 
 
 def same_bytes(path: Path, entry: FileEntry) -> bool:

@@ -49,7 +49,7 @@ def lasting(folder: Path) -> Iterator[Path | None]:
             os.close(lock)
             yield None
             return
-        if _is_open_as(lock, path):
+        if is_open_as(lock, path):
             break
         os.close(lock)
     try:
@@ -68,7 +68,7 @@ def _lock_new(parent: Path, prefix: str) -> tuple[Path, int]:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         # Another process may take the new file for a dead one's before it is locked, and remove it: then start again.
         # Where the file system has no locks, none is ever taken for dead.
-        if _lock(lock, unsupported=True) and _is_open_as(lock, path):
+        if _lock(lock, unsupported=True) and is_open_as(lock, path):
             return folder, lock
         os.close(lock)
 
@@ -80,7 +80,7 @@ def _remove_dead(parent: Path, prefix: str) -> None:
             lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue
-        if _lock(lock, unsupported=False) and _is_open_as(lock, path):
+        if _lock(lock, unsupported=False) and is_open_as(lock, path):
             _discard(path.with_name(path.name.removesuffix(_LOCK)), lock)
         else:
             os.close(lock)
@@ -97,7 +97,8 @@ def _lock(lock: int, *, unsupported: bool) -> bool:
     return True
 
 
-def _is_open_as(descriptor: int, path: Path) -> bool:
+def is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether the open file still lies at the path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -5,11 +5,15 @@
     actions/<key>/<hex>.json     a file for each distinct result of an action
     names/<name>                 the id of an artifact
     attestations/<hex>/          who made it and when, one file a run
+    chunks/sha256/<hex>.json     digests of the chunks of an artifact's large files, for transfers
+    leases/<hex>                 locked by those who use the artifact
+    verified                     which blobs were read through, and how they looked then
     trees/<hex>/                 an artifact's files under their names: links to blobs, made when asked for
     begun/<key>/                 what an action that ended early has finished, to go on from
     tmp/                         what is being written
 
-Blobs go first, then the manifest, then the action or the name, so whatever can be found is whole.
+On S3 the first six and `leases/` lie just so (`layout.py`). Blobs go first, then the manifest, then the action or the
+name, so whatever can be found is whole.
 """
 
 from __future__ import annotations
@@ -17,15 +21,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import disk
-from llmopt.artifacts.digest import faults, same_bytes, seal, sha256_file
+from llmopt.artifacts import chunks, disk, layout, trees
+from llmopt.artifacts.digest import in_parallel, seal, sha256_file
 from llmopt.artifacts.export import copy_out
+from llmopt.artifacts.leases import Leases
 from llmopt.artifacts.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -35,25 +39,24 @@ from llmopt.artifacts.manifest import (
     canonical_json,
 )
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.verified import Verified
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
-_ACTION_SCHEMA = "llmopt.action/1"
-_HEX = re.compile(r"[0-9a-f]{64}")
-_ID = re.compile(r"sha256:[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_PREFIX = re.compile(r"[0-9a-fA-F]{8,64}")
 _REPAIR = "run the command that made it again: it replaces what is damaged"
 _OPTION = "--store"
 BEGUN = ".begun"
-_NO_FAULTS: tuple[list[str], list[FileEntry]] = ([], [])
 
 
 class Store:
     """Any number of processes may use one at the same time. Reading from one that is not there finds nothing."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, verify_full: bool = False) -> None:
+        """`verify_full`: what is used is read through once in this process, whatever was known of it before."""
         self.root = root
-        self._verified: dict[str, tuple[int, int, int]] = {}  # blobs read through in this process, and as what
+        self.leases = Leases(root / layout.LEASES)
+        self._verify_full = verify_full
+        self._verified = Verified(root / "verified")
+        self._fresh: dict[str, os.stat_result] = {}  # read through just now, and looking like this
 
     @classmethod
     def open(cls, url: str | None = None) -> Store:
@@ -107,56 +110,78 @@ class Store:
         """
         with self._writing(), self._aside() as aside:
             files = _take(folder, aside)
+            sealed = dict(zip(files, in_parallel(seal, files.values(), files), strict=True))
             manifest = Manifest(
                 kind=kind,
-                files=tuple(seal(file, path) for path, file in files.items()),
+                files=tuple(entry for entry, _ in sealed.values()),
                 action=action,
                 status=status,
                 events=tuple(events),
                 metrics=dict(metrics or {}),
             )
-            data = Manifest.from_bytes(manifest.to_bytes()).to_bytes()  # what cannot be read back is not written
+            self._publish(
+                manifest, files, {entry.sha256: parts for entry, parts in sealed.values() if parts}, aside, attestation
+            )
+            for path in files:  # theirs no more: until here a crash leaves the folder as it was
+                (folder / path).unlink()
+        return manifest
+
+    def adopt(self, manifest: Manifest, files: Mapping[str, Path], parts: Mapping[str, tuple[str, ...]]) -> None:
+        """Move files that were fetched into the store, as the artifact that they are.
+
+        `files` holds, by sha256, those that the store lacked; each has been read through, is read-only and synced, and
+        lies on the store's disk. `parts` are the chunk digests of the large ones.
+        """
+        with self._writing(), self._aside() as aside:
+            here = {entry.path: files[entry.sha256] for entry in manifest.files if entry.sha256 in files}
+            self._publish(manifest, here, parts, aside, None)
+
+    def _publish(
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Path],
+        parts: Mapping[str, tuple[str, ...]],
+        aside: Path,
+        attestation: Callable[[Manifest], Mapping[str, Json]] | None,
+    ) -> None:
+        """Blobs first, then the manifest with what lies beside it, then the action."""
+        data = Manifest.from_bytes(manifest.to_bytes()).to_bytes()  # what cannot be read back is not written
+        with self.leases.publishing():
             for entry in manifest.files:
-                self._add_blob(files[entry.path], entry)
-            disk.sync_folders([self._blob(entry.sha256) for entry in manifest.files], self.root)
+                if entry.path in files:
+                    self._add_blob(files[entry.path], entry)
+                elif (problem := self._blob_problem(entry)) is not None:
+                    raise CorruptError(f"`{entry.path}` of `{manifest.id}` {problem}", hint="run the command again")
+            disk.sync_folders([self.blob(entry.sha256) for entry in manifest.files], self.root)
+            self._record(manifest.files)
+            beside = chunks.to_bytes(parts)
+            if parts and _read(self.root / layout.chunks(manifest.hex)) != beside:
+                disk.publish(beside, self.root / layout.chunks(manifest.hex), aside=aside, root=self.root)
             if _read(self._manifest(manifest.hex)) != data:
                 disk.publish(data, self._manifest(manifest.hex), aside=aside, root=self.root)
             else:  # whoever wrote it may have been cut off before this
                 disk.sync_folders([self._manifest(manifest.hex)], self.root)
             if attestation is not None:
                 self._attest(manifest, canonical_json(attestation(manifest)), aside)
-            if action is not None:
-                result = {"schema": _ACTION_SCHEMA, "artifact": manifest.id, "action": action.to_json()}
-                target = self.root / "actions" / action.key / f"{manifest.hex}.json"
-                disk.publish(canonical_json(result), target, aside=aside, root=self.root)
-            for path in files:  # theirs no more: until here a crash leaves the folder as it was
-                (folder / path).unlink()
-        return manifest
+            if manifest.action is not None:
+                target = self.root / layout.action(manifest.action.key, manifest.hex)
+                disk.publish(action_result(manifest), target, aside=aside, root=self.root)
 
     def set_name(self, name: str, artifact: str) -> None:
         """Let `name` stand for an artifact of this store from now on."""
-        self.check_name(name)
-        manifest = self.get(artifact)
-        with self._writing(), self._aside() as aside:
-            disk.publish(f"{manifest.id}\n".encode(), self.root / "names" / name, aside=aside, root=self.root)
-
-    @staticmethod
-    def check_name(name: str) -> None:
-        """Raise SettingsError for what cannot be a name, or could be taken for a digest."""
-        if _PREFIX.fullmatch(name):
-            raise SettingsError(f"the name `{name}` looks like a digest", hint="add a letter past `f`, or a `-`")
-        if not _NAME.fullmatch(name):
-            raise SettingsError(
-                f"`{name}` cannot be a name", hint="letters, digits, `.`, `_` and `-`, at most 128, no sign first"
-            )
+        layout.check_name(name)
+        with self._writing(), self._aside() as aside, self.leases.publishing():
+            data = f"{self.get(artifact).id}\n".encode()
+            disk.publish(data, self.root / layout.name(name), aside=aside, root=self.root)
 
     # -- finding
 
     def find(self, key: str) -> Manifest | None:
-        """The newest result of an action with every byte of it verified; CorruptError if one is not right."""
+        """The newest result of an action, verified; CorruptError if it is not right."""
         results = self.results(key)
         if not results:
             return None
+        self.leases.take(layout.digest(results[-1]))
         manifest = self._load(results[-1])
         if manifest is None:
             raise CorruptError(f"the manifest of `{results[-1]}` is missing", hint=_REPAIR)
@@ -167,14 +192,14 @@ class Store:
 
     def results(self, key: str) -> list[str]:
         """The ids of an action's distinct results, the newest last. More than one: it is not reproducible."""
-        folder = self.root / "actions" / _checked_hex(key)
+        folder = self.root / layout.action(layout.checked_key(key))
         return [f"sha256:{digest}" for _, digest in sorted(_dated(folder))]
 
     def actions(self, op: str) -> Iterator[Action]:
         """Every action of an operation that has a result here; what is not readable as one is passed over."""
-        for key in _names(self.root / "actions"):
-            for _, digest in _dated(self.root / "actions" / key):
-                action = _action(self.root / "actions" / key / f"{digest}.json")
+        for key in _names(self.root / layout.ACTIONS):
+            for _, digest in _dated(self.root / layout.action(key)):
+                action = _action(self.root / layout.action(key, digest))
                 if action is not None and action.op == op and action.key == key:
                     yield action
                     break
@@ -188,7 +213,7 @@ class Store:
 
     def attestations(self, artifact: str) -> list[dict[str, Json]]:
         """The statements about an artifact, oldest first."""
-        folder = self.root / "attestations" / _digest(artifact)
+        folder = self.root / layout.attestation(layout.digest(artifact))
         found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
         return [statement for statement in found if statement is not None]
 
@@ -197,7 +222,7 @@ class Store:
         entry = next((entry for entry in manifest.files if entry.path == path), None)
         if entry is None:
             return None
-        data = _read(self._blob(entry.sha256))
+        data = _read(self.blob(entry.sha256))
         if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{path}` is not as stored", hint=_REPAIR)
         return data
@@ -219,9 +244,9 @@ class Store:
     def names(self) -> dict[str, str]:
         """What every name stands for."""
         found: dict[str, str] = {}
-        for name in _names(self.root / "names"):
+        for name in _names(self.root / layout.NAMES):
             with suppress(CorruptError):
-                if _NAME.fullmatch(name) and (artifact := self._named(name)):
+                if layout.NAME.fullmatch(name) and (artifact := self._named(name)):
                     found[name] = artifact
         return found
 
@@ -230,33 +255,28 @@ class Store:
 
         None when there is nothing of that kind; SettingsError when the digits fit more than one artifact.
         """
-        digits = reference.removeprefix("sha256:")
-        if not _PREFIX.fullmatch(digits):
-            if digits != reference:
-                raise SettingsError(
-                    f"`{reference}` is not an artifact's id", hint="write `sha256:` and 8 digits or more"
-                )
-            return self._named(reference) if _NAME.fullmatch(reference) else None
-        found = sorted(artifact for artifact in self.ids() if artifact.startswith(f"sha256:{digits.lower()}"))
-        if len(found) > 1:
-            listed = ", ".join(f"`{artifact}`" for artifact in found[:5])
-            raise SettingsError(f"`{reference}` fits {len(found)} artifacts", hint=f"write more digits: {listed}")
-        return found[0] if found else None
+        if not is_abbreviated(reference):
+            return self._named(reference) if layout.NAME.fullmatch(reference) else None
+        return the_one(reference, self.ids())
 
     # -- files
 
     def path(self, artifact: str) -> Path:
         """A folder with the artifact's verified files and its manifest; they are links to blobs: not to be written to.
 
-        Whatever in it is not the artifact's is put right first. A file read through in this process is not read again.
+        Whatever in it is not the artifact's is put right first. Until this process ends, nothing removes it.
         """
+        self.leases.take(layout.digest(artifact))
         manifest = self.get(artifact)
         self._verify_blobs(manifest)
         tree = self._tree(manifest)
-        if self._tree_faults(manifest) != _NO_FAULTS:
+        if self._tree_faults(manifest) != trees.NO_FAULTS:
+            before = {entry.sha256: self._status(entry) for entry in manifest.files}
             with self._writing(needs=manifest.size), self._aside() as aside:
-                self._repair_tree(manifest, aside)
-            if self._tree_faults(manifest) != _NO_FAULTS:
+                trees.repair(tree, manifest, self._stored, aside)
+            for entry in manifest.files:  # a link changes the times of what it links to
+                self._verified.renew(entry.sha256, before[entry.sha256], self._status(entry))
+            if self._tree_faults(manifest) != trees.NO_FAULTS:
                 raise CorruptError(f"`{tree}` is being changed by someone else", hint="nothing may write to the store")
         return tree
 
@@ -267,9 +287,8 @@ class Store:
         except LlmoptError as error:
             return [error.message]
         for entry in manifest.files:
-            self._verified.pop(entry.sha256, None)
-        checked = [(entry.path, self._blob_problem(entry)) for entry in manifest.files]
-        problems = [f"`{path}` {problem}" for path, problem in checked if problem]
+            self._verified.forget(entry.sha256)
+        problems = [f"`{entry.path}` {problem}" for entry, problem in self._blob_problems(manifest.files, here=True)]
         tree = self._tree(manifest)
         if os.path.lexists(tree) and not problems:  # a tree is compared with its blobs, so only once these are right
             odd, changed = self._tree_faults(manifest)
@@ -282,7 +301,22 @@ class Store:
         manifest = self.get(artifact)
         self._verify_blobs(manifest)
         corrupt = CorruptError(f"the copy of `{artifact}` in `{dest}` came out wrong", hint="check the disk")
-        copy_out(manifest, dest, self._blob, corrupt)
+        copy_out(manifest, dest, self.blob, corrupt)
+
+    def blob(self, sha256: str) -> Path:
+        """Where a file lies, if it is there. What is read from it has to be checked."""
+        return self.root / layout.blob(sha256)
+
+    def has_blob(self, entry: FileEntry) -> bool:
+        """Whether the file is there and right."""
+        if self._blob_problem(entry) is not None:
+            return False
+        self._record([entry])
+        return True
+
+    def chunks(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
+        """The chunk digests of its large files by their sha256, as far as they are known."""
+        return chunks.from_bytes(_read(self.root / layout.chunks(manifest.hex)))
 
     # -- within
 
@@ -293,19 +327,16 @@ class Store:
         return disk.writing("the store", self.root, option=_OPTION, needs=needs)
 
     def _begun(self, key: str) -> Path:
-        return self.root / "begun" / _checked_hex(key)
-
-    def _blob(self, sha256: str) -> Path:
-        return self.root / "blobs" / "sha256" / sha256[:2] / sha256
+        return self.root / "begun" / layout.checked_key(key)
 
     def _manifest(self, digest: str) -> Path:
-        return self.root / "manifests" / "sha256" / f"{digest}.json"
+        return self.root / layout.manifest(digest)
 
     def _tree(self, manifest: Manifest) -> Path:
         return self.root / "trees" / manifest.hex
 
     def _load(self, artifact: str) -> Manifest | None:
-        digest = _digest(artifact)
+        digest = layout.digest(artifact)
         data = _read(self._manifest(digest))
         if data is None:
             return None
@@ -317,46 +348,53 @@ class Store:
             raise CorruptError(f"the manifest of `{artifact}` cannot be used: {error.message}", hint=_REPAIR) from error
 
     def _named(self, name: str) -> str | None:
-        data = _read(self.root / "names" / name)
+        data = _read(self.root / layout.name(name))
         if data is None:
             return None
         artifact = data.decode(errors="replace").strip()
-        if not _ID.fullmatch(artifact):
+        if not layout.is_id(artifact):
             raise CorruptError(f"the name `{name}` stands for no artifact", hint="name the artifact again")
         return artifact
 
     def _add_blob(self, file: Path, entry: FileEntry) -> None:
         """Move a private, sealed file in, unless its bytes are there already."""
-        blob = self._blob(entry.sha256)
-        self._verified.pop(entry.sha256, None)
-        if self._blob_problem(entry) is None:
+        blob = self.blob(entry.sha256)
+        if self._blob_problem(entry, here=True) is None:
             file.unlink()
             return
         blob.parent.mkdir(parents=True, exist_ok=True)
         if blob.is_dir():
             disk.remove(blob)
         file.replace(blob)
-        self._verified[entry.sha256] = _mark(blob.lstat())
+        self._fresh[entry.sha256] = blob.lstat()
 
     def _attest(self, manifest: Manifest, data: bytes, aside: Path) -> None:
-        name = f"{hashlib.sha256(data).hexdigest()}.json"
-        disk.publish(data, self.root / "attestations" / manifest.hex / name, aside=aside, root=self.root)
+        name = hashlib.sha256(data).hexdigest()
+        disk.publish(data, self.root / layout.attestation(manifest.hex, name), aside=aside, root=self.root)
 
     def _verify_blobs(self, manifest: Manifest) -> None:
-        for entry in manifest.files:
-            if problem := self._blob_problem(entry):
-                raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{entry.path}` {problem}", hint=_REPAIR)
+        for entry, problem in self._blob_problems(manifest.files):
+            raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{entry.path}` {problem}", hint=_REPAIR)
 
-    def _blob_problem(self, entry: FileEntry) -> str | None:
-        """What is wrong with a stored file, by reading all of it, once in a process as long as it looks the same."""
-        blob = self._blob(entry.sha256)
+    def _blob_problems(self, entries: Sequence[FileEntry], *, here: bool = False) -> list[tuple[FileEntry, str]]:
+        """What is wrong with stored files, and that the others are right is known from now on."""
+        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), entries)
+        self._record(entries)
+        return [(entry, problem) for entry, problem in zip(entries, problems, strict=True) if problem is not None]
+
+    def _blob_problem(self, entry: FileEntry, *, here: bool = False) -> str | None:
+        """What is wrong with a stored file, by reading all of it unless it is known and looks the same.
+
+        `here`: what only another process knows does not count.
+        """
+        blob = self.blob(entry.sha256)
         try:
             found = blob.lstat()
             if not stat.S_ISREG(found.st_mode):
                 return "is not a regular file"
             if found.st_size != entry.size:
                 return f"has {found.st_size} bytes, not {entry.size}"
-            if self._verified.get(entry.sha256) == _mark(found):
+            if self._verified.holds(entry.sha256, found, here=here or self._verify_full):
                 return None
             if sha256_file(blob) != entry.sha256:
                 return "has changed bytes"
@@ -364,48 +402,50 @@ class Store:
             return "is missing"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        self._verified[entry.sha256] = _mark(found)
+        self._fresh[entry.sha256] = found
         return None
 
-    def _tree_faults(self, manifest: Manifest) -> tuple[list[str], list[FileEntry]]:
-        return faults(self._tree(manifest), _tree_files(manifest), self._same_as_stored)
+    def _record(self, entries: Iterable[FileEntry]) -> None:
+        """Remember that those of these files that were just read through are right."""
+        found = {entry.sha256: self._fresh.pop(entry.sha256) for entry in entries if entry.sha256 in self._fresh}
+        self._verified.record(found)
 
-    def _same_as_stored(self, path: Path, entry: FileEntry) -> bool:
-        """A link to the stored file is as good as that file, which has been verified; anything else is read."""
-        try:
-            return path.samefile(self._stored(entry)) or same_bytes(path, entry)
-        except OSError:
-            return False
+    def _status(self, entry: FileEntry) -> os.stat_result:
+        return self.blob(entry.sha256).lstat()
+
+    def _tree_faults(self, manifest: Manifest) -> trees.Faults:
+        return trees.find_faults(self._tree(manifest), manifest, self._stored)
 
     def _stored(self, entry: FileEntry) -> Path:
-        return self._manifest(entry.sha256) if entry.path == MANIFEST_NAME else self._blob(entry.sha256)
-
-    def _repair_tree(self, manifest: Manifest, aside: Path) -> None:
-        """Move out what is wrong, then link in what is missing. A right file is at its place throughout.
-
-        Others may be reading it, or repairing too.
-        """
-        tree, files = self._tree(manifest), {entry.path for entry in _tree_files(manifest)}
-        if tree.is_symlink() or tree.is_file():
-            tree.unlink(missing_ok=True)
-        odd, missing = self._tree_faults(manifest)
-        for number, path in enumerate(odd):
-            if path not in files or (tree / path).is_dir():  # what is not a folder is replaced below, at once
-                with suppress(FileNotFoundError):
-                    (tree / path).rename(aside / f"{number}.odd")
-        for number, entry in enumerate(missing):
-            target, link = tree / entry.path, aside / f"{number}.link"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            disk.link_or_copy(self._stored(entry), link)
-            link.replace(target)
+        return self._manifest(entry.sha256) if entry.path == MANIFEST_NAME else self.blob(entry.sha256)
 
 
-def _tree_files(manifest: Manifest) -> tuple[FileEntry, ...]:
-    return (*manifest.files, FileEntry(MANIFEST_NAME, len(manifest.to_bytes()), manifest.hex))
+def action_result(manifest: Manifest) -> bytes:
+    """What lies under an action's key for one of its results."""
+    assert manifest.action is not None
+    return canonical_json(
+        {"schema": layout.ACTION_SCHEMA, "artifact": manifest.id, "action": manifest.action.to_json()}
+    )
 
 
-def _mark(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def is_abbreviated(reference: str) -> bool:
+    """Whether this is an id or the beginning of one, and no name; SettingsError for a `sha256:` with too few digits."""
+    digits = reference.removeprefix("sha256:")
+    if layout.PREFIX.fullmatch(digits):
+        return True
+    if digits != reference:
+        raise SettingsError(f"`{reference}` is not an artifact's id", hint="write `sha256:` and 8 digits or more")
+    return False
+
+
+def the_one(reference: str, ids: Iterable[str]) -> str | None:
+    """The id that begins with these digits, None if there is none; SettingsError when there are several."""
+    digits = reference.removeprefix("sha256:").lower()
+    found = sorted({artifact for artifact in ids if artifact.startswith(f"sha256:{digits}")})
+    if len(found) > 1:
+        listed = ", ".join(f"`{artifact}`" for artifact in found[:5])
+        raise SettingsError(f"`{reference}` fits {len(found)} artifacts", hint=f"write more digits: {listed}")
+    return found[0] if found else None
 
 
 def _take(folder: Path, aside: Path) -> dict[str, Path]:
@@ -460,18 +500,6 @@ def _data_home() -> Path:
     return given if given.is_absolute() else Path.home() / ".local" / "share"
 
 
-def _digest(artifact: str) -> str:
-    if not _ID.fullmatch(artifact):
-        raise SettingsError(f"`{artifact}` is not an artifact's full id", hint="`sha256:` and 64 digits")
-    return artifact.removeprefix("sha256:")
-
-
-def _checked_hex(key: str) -> str:
-    if not _HEX.fullmatch(key):
-        raise SettingsError(f"`{key}` is not an action's key", hint="64 hexadecimal digits")
-    return key
-
-
 def _names(folder: Path) -> list[str]:
     """What is in a folder of the store; nothing if it is not there."""
     try:
@@ -486,8 +514,7 @@ def _dated(folder: Path) -> list[tuple[int, str]]:
     """Digest and time (ns) of each `<hex>.json` in a folder; other files are not ours."""
     found = []
     for name in _names(folder):
-        digest, _, suffix = name.partition(".")
-        if suffix == "json" and _HEX.fullmatch(digest):
+        if (digest := layout.hex_of(name)) is not None:
             with suppress(FileNotFoundError):
                 found.append(((folder / name).stat().st_mtime_ns, digest))
     return found

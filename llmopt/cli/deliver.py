@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.export import check_out
+from llmopt.artifacts.layout import check_name
 from llmopt.artifacts.outcome import Json, Progress
 from llmopt.cli import prepared, summary
 
@@ -26,7 +27,7 @@ class Delivery:
         if self._out is not None:
             check_out(self._out, anew=anew)
         if name is not None:
-            session.store.check_name(name)
+            check_name(name)
 
     def deliver(self, result: StageResult, figures: str | None = None, more: Mapping[str, Json] | None = None) -> None:
         """Name and copy the artifact as asked, then print the result.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     _mount(folder, "size=4m")
     yield folder
+    gc.collect()  # a store that an error's traceback still holds has its leases open
     subprocess.run(["umount", folder], check=True)
 
 

@@ -1,0 +1,59 @@
+"""Digests of the chunks of large files: what a transfer checks as it comes, and goes on from after a cut.
+
+They are no identity: that is the sha256 of the whole file, which is always checked too. So a digest that is quick
+(XXH3, 128 bits) will do. They lie beside the manifest: `{"schema": ..., "chunk_bytes": ..., "files": {sha256: [...]}}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from llmopt.artifacts.manifest import canonical_json
+
+if TYPE_CHECKING:
+    from xxhash import xxh3_128
+
+CHUNK_BYTES = 16 << 20
+_SCHEMA = "llmopt.chunks/1"
+
+
+def chunk_digest() -> xxh3_128:
+    """A digest to be updated."""
+    from xxhash import xxh3_128
+
+    return xxh3_128()
+
+
+def of_bytes(data: bytes | memoryview) -> str:
+    from xxhash import xxh3_128_hexdigest
+
+    return xxh3_128_hexdigest(data)
+
+
+def count(size: int) -> int:
+    """How many chunks a file of this size has."""
+    return max(1, -(-size // CHUNK_BYTES))
+
+
+def span(size: int, number: int) -> tuple[int, int]:
+    """Where the chunk begins and ends, in bytes."""
+    return number * CHUNK_BYTES, min(size, (number + 1) * CHUNK_BYTES)
+
+
+def to_bytes(files: Mapping[str, tuple[str, ...]]) -> bytes:
+    return canonical_json(
+        {"schema": _SCHEMA, "chunk_bytes": CHUNK_BYTES, "files": {key: list(value) for key, value in files.items()}}
+    )
+
+
+def from_bytes(data: bytes | None) -> dict[str, tuple[str, ...]]:
+    """By the sha256 of the file; empty where there are none, or none that this version can use."""
+    try:
+        found = json.loads(data or b"{}")
+        if found.get("schema") != _SCHEMA or found.get("chunk_bytes") != CHUNK_BYTES:
+            return {}
+        return {str(key): tuple(map(str, value)) for key, value in found["files"].items()}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return {}
