@@ -61,6 +61,18 @@ def lasting(folder: Path) -> Iterator[Path | None]:
     _discard(folder, lock)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; on a disk without locks, several."""
+    lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _lock_new(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = parent / f"{prefix}{os.getpid()}-{os.urandom(6).hex()}"
@@ -126,6 +138,21 @@ def remove(path: Path) -> None:
         import shutil
 
         shutil.rmtree(path, ignore_errors=True)
+
+
+def data_home() -> Path:
+    """Where what a user keeps lies, by the XDG base directory specification."""
+    return _home("XDG_DATA_HOME", ".local/share")
+
+
+def cache_home() -> Path:
+    """Where what can be had again lies."""
+    return _home("XDG_CACHE_HOME", ".cache")
+
+
+def _home(variable: str, default: str) -> Path:
+    given = Path(os.environ.get(variable, ""))
+    return (given if given.is_absolute() else Path.home() / default) / "llmopt"
 
 
 def sync_folders(paths: Iterable[Path], root: Path) -> None:

@@ -38,6 +38,7 @@ from llmopt.artifacts.manifest import (
     Manifest,
     canonical_json,
 )
+from llmopt.artifacts.objects import folder_of
 from llmopt.artifacts.outcome import Json
 from llmopt.artifacts.verified import Verified
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
@@ -472,7 +473,7 @@ def _take(folder: Path, aside: Path) -> dict[str, Path]:
 
 def _root(url: str | None) -> Path:
     try:
-        root = (_path(url) if url else _data_home() / "llmopt").absolute()
+        root = (folder_of(url) if url else disk.data_home()).absolute()
     except RuntimeError as error:  # no home folder
         raise SettingsError(f"the store's folder is not known: {error}", hint=f"name it with `{_OPTION}`") from error
     there = next(path for path in (root, *root.parents) if os.path.lexists(path))
@@ -481,23 +482,6 @@ def _root(url: str | None) -> Path:
             f"the store `{root}` cannot be there: `{there}` is no folder", hint=f"use `{_OPTION} FOLDER`"
         )
     return root
-
-
-def _path(url: str) -> Path:
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return Path(url).expanduser()
-    if scheme == "file" and rest.startswith("/"):
-        from urllib.parse import unquote
-
-        return Path(unquote(rest))
-    known = "stores are on disk only for now" if scheme == "s3" else "a store is a folder, or `file:///FOLDER`"
-    raise SettingsError(f"the store `{url}` cannot be used: {known}", hint=f"use `{_OPTION} FOLDER`")
-
-
-def _data_home() -> Path:
-    given = Path(os.environ.get("XDG_DATA_HOME", ""))
-    return given if given.is_absolute() else Path.home() / ".local" / "share"
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,0 +1,184 @@
+"""What an S3 server can be relied on for, found by trying: they differ, and few say so.
+
+The store is correct when every answer is no; each yes saves a request or tells a writer that another was first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmopt.artifacts.outcome import Json
+from llmopt.errors import LlmoptError
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.objects.s3 import S3Objects
+
+_FOLDER = "leases"  # of the probe's own objects, where nothing lasts
+_AGE_S = 7 * 24 * 3600
+_WRITERS, _ROUNDS = 8, 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abilities:
+    """`creates`: a PUT with If-None-Match is refused where there is an object. `swaps`: also with If-Match for another
+    version, and of several writers at once exactly one wins."""
+
+    creates: bool
+    swaps: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """Each answer of `llmopt store probe`. Numbers are of rounds in which it was so."""
+
+    endpoint: str
+    create: bool  # PUT If-None-Match: * is refused over an object
+    create_rounds: int
+    create_one_winner: int  # rounds in which exactly one of the writers won
+    swap: bool  # PUT If-Match of another version is refused
+    swap_one_winner: int
+    complete_create: bool  # CompleteMultipartUpload If-None-Match: * is refused over an object
+    wrong_sha256_refused: bool  # a part whose bytes are not those it was signed with
+    listed_at_once: bool  # what was just written is in a listing
+    ranges: bool  # GET of a range gives that range
+    round_trip_ms: float
+
+    @property
+    def abilities(self) -> Abilities:
+        atomic = self.create_one_winner == self.swap_one_winner == self.create_rounds
+        return Abilities(creates=self.create, swaps=self.swap and atomic)
+
+    def to_json(self) -> dict[str, Json]:
+        return {**asdict(self), "relied_on": asdict(self.abilities)}
+
+
+def known(objects: S3Objects) -> Abilities:
+    """What was found here in the last week; else it is found out now, in about fifty small requests."""
+    file = _file(objects)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        if time.time() - file.stat().st_mtime < _AGE_S:
+            found = json.loads(file.read_text())
+            return Abilities(creates=bool(found["creates"]), swaps=bool(found["swaps"]))
+    creates, _ = _creates(objects, 0, 0)
+    swaps = False
+    if creates:
+        _, one = _creates(objects, _WRITERS, _ROUNDS)
+        refused, one_swap = _swaps(objects, _WRITERS, _ROUNDS)
+        swaps = refused and one == one_swap == _ROUNDS
+    found_now = Abilities(creates=creates, swaps=swaps)
+    remember(objects, found_now)
+    return found_now
+
+
+def remember(objects: S3Objects, abilities: Abilities) -> None:
+    file = _file(objects)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_name(f"{file.name}.{os.getpid()}")
+        fresh.write_text(json.dumps(asdict(abilities)))
+        fresh.replace(file)
+
+
+def probe(objects: S3Objects, *, writers: int = 16, rounds: int = 20) -> Probe:
+    """Ask for all of it, with objects that are removed again. LlmoptError where the bucket cannot be used at all."""
+    begin = time.monotonic()
+    key = _key()
+    objects.write(key, b"0123456789")
+    round_trip_ms = (time.monotonic() - begin) * 1000
+    listed = any(found.key == key for found in objects.list(f"{_FOLDER}/"))
+    ranges = bytes(objects.read_range(key, 2, 5)) == b"234"
+    objects.delete([key])
+    create, one = _creates(objects, writers, rounds)
+    swap, one_swap = _swaps(objects, writers, rounds)
+    complete, refused = _multipart(objects)
+    found = Probe(
+        endpoint=objects.access.endpoint,
+        create=create,
+        create_rounds=rounds,
+        create_one_winner=one,
+        swap=swap,
+        swap_one_winner=one_swap,
+        complete_create=complete,
+        wrong_sha256_refused=refused,
+        listed_at_once=listed,
+        ranges=ranges,
+        round_trip_ms=round(round_trip_ms, 1),
+    )
+    remember(objects, found.abilities)
+    return found
+
+
+def _creates(objects: S3Objects, writers: int, rounds: int) -> tuple[bool, int]:
+    """Whether creating over an object is refused, and in how many rounds exactly one writer created it."""
+    key = _key()
+    objects.write(key, b"first")
+    refused = not objects._conditional(key, b"second", "create")
+    objects.delete([key])
+    return refused, sum(_race(objects, writers, lambda _: "create", None) for _ in range(rounds))
+
+
+def _swaps(objects: S3Objects, writers: int, rounds: int) -> tuple[bool, int]:
+    key = _key()
+    objects.write(key, b"first")
+    tag = _tag(objects, key)
+    objects.write(key, b"second")
+    refused = tag is not None and not objects._conditional(key, b"third", {"e_tag": tag})
+    objects.delete([key])
+    won = sum(_race(objects, writers, lambda tag: {"e_tag": tag}, b"first") for _ in range(rounds)) if refused else 0
+    return refused, won
+
+
+def _race(objects: S3Objects, writers: int, mode: Callable[[str | None], Any], before: bytes | None) -> bool:
+    """Whether exactly one of some writers at once wins, and the object is then that one's."""
+    key = _key()
+    tag = None
+    if before is not None:
+        objects.write(key, before)
+        tag = _tag(objects, key)
+
+    def write(number: int) -> bool:
+        try:
+            return objects._conditional(key, f"{number} of {writers}".encode(), mode(tag))
+        except LlmoptError:
+            return False
+
+    with ThreadPoolExecutor(max(1, writers)) as threads:
+        won = [number for number, so in enumerate(threads.map(write, range(writers))) if so]
+    left = objects.read(key, most=100)
+    objects.delete([key])
+    return len(won) == 1 and left == f"{won[0]} of {writers}".encode()
+
+
+def _multipart(objects: S3Objects) -> tuple[bool, bool]:
+    """Whether completing over an object can be refused, and whether a part is compared with its sha256."""
+    from llmopt.artifacts.objects.multipart import conditional_completion, wrong_digest
+
+    try:
+        return conditional_completion(objects, _key()), wrong_digest(objects, _key())
+    except LlmoptError:
+        return False, False
+
+
+def _tag(objects: S3Objects, key: str) -> str | None:
+    found = objects.read_tagged(key, most=100)
+    return None if found is None else found[1]
+
+
+def _key() -> str:
+    return f"{_FOLDER}/probe-{os.urandom(8).hex()}"
+
+
+def _file(objects: S3Objects) -> Path:
+    from llmopt.artifacts.disk import cache_home
+
+    name = hashlib.sha256(f"{objects.access.endpoint}\n{objects.bucket}".encode()).hexdigest()[:24]
+    return cache_home() / "s3" / f"{name}.json"

@@ -1,0 +1,123 @@
+"""Objects that are files in a folder: of a disk that several machines share, or of another disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from llmopt.artifacts import disk
+from llmopt.artifacts.objects import Found, GoneError, parts_of
+
+_ASIDE = "tmp"
+
+
+class DiskObjects:
+    """See `Objects`. A file appears whole or not at all; a lock makes comparing and swapping one step."""
+
+    remote = False
+    swaps = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = str(self.root)
+
+    def read(self, key: str, *, most: int) -> bytes | None:
+        found = self.read_tagged(key, most=most)
+        return None if found is None else found[0]
+
+    def read_tagged(self, key: str, *, most: int) -> tuple[bytes, str | None] | None:
+        try:
+            with (self.root / key).open("rb") as file:
+                data = file.read(most + 1)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def read_range(self, key: str, begin: int, end: int) -> memoryview:
+        try:
+            with (self.root / key).open("rb", buffering=0) as file:
+                return memoryview(os.pread(file.fileno(), end - begin, begin))
+        except (FileNotFoundError, NotADirectoryError):
+            raise GoneError(f"`{self.root / key}` is missing") from None
+
+    def find(self, key: str) -> Found | None:
+        try:
+            status = (self.root / key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Found(key, status.st_size, status.st_mtime)
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._writing(), disk.temporary(self.root / _ASIDE) as aside:
+            disk.publish(data, self.root / key, aside=aside, root=self.root)
+
+    def create(self, key: str, data: bytes | memoryview) -> bool:
+        target = self.root / key
+        if target.exists():
+            return False
+        with self._writing(), disk.temporary(self.root / _ASIDE) as aside:
+            disk.publish(bytes(data), target, aside=aside, root=self.root)
+        return True
+
+    def swap(self, key: str, data: bytes, tag: str | None) -> bool:
+        with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / _ASIDE / ".swap"):
+            found = self.read_tagged(key, most=len(data) + (1 << 20))
+            if (None if found is None else found[1]) != tag:
+                return False
+            disk.publish(data, self.root / key, aside=aside, root=self.root)
+        return True
+
+    def sender(self, key: str, size: int, digest: str) -> _Sender:
+        return _Sender(self, key, size)
+
+    def list(self, prefix: str = "") -> Iterator[Found]:
+        folder = self.root / prefix if not prefix or prefix.endswith("/") else (self.root / prefix).parent
+        for path in sorted(folder.rglob("*"), key=lambda path: path.as_posix()):
+            key = path.relative_to(self.root).as_posix()
+            if key.startswith(prefix) and path.is_file() and not key.startswith(f"{_ASIDE}/"):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    yield Found(key, status.st_size, status.st_mtime)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        with self._writing():
+            for key in keys:
+                (self.root / key).unlink(missing_ok=True)
+
+    def now(self) -> float:
+        return time.time()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return disk.writing("the folder", self.root, option="another URL")
+
+
+class _Sender:
+    def __init__(self, objects: DiskObjects, key: str, size: int) -> None:
+        self._objects, self._key = objects, key
+        self.parts: Sequence[tuple[int, int, int]] = parts_of(size)
+        self._starts = {number: begin for number, begin, _ in self.parts}
+        self._folder = disk.temporary(objects.root / _ASIDE)
+        with objects._writing():
+            self._file = self._folder.__enter__() / "file"
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o444)
+
+    def send(self, number: int, data: bytes | memoryview) -> None:
+        with self._objects._writing():
+            os.pwrite(self._descriptor, data, self._starts[number])
+
+    def finish(self) -> None:
+        target = self._objects.root / self._key
+        with self._objects._writing():
+            os.fsync(self._descriptor)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._file.replace(target)
+            disk.sync_folders([target], self._objects.root)
+        self.give_up()
+
+    def give_up(self) -> None:
+        os.close(self._descriptor)
+        self._folder.__exit__(None, None, None)

@@ -1,0 +1,208 @@
+"""Objects in a bucket of any S3 server, by obstore; large ones in parts that survive a cut (`multipart.py`).
+
+Nothing here trusts an ETag: who reads compares digests. Source: Amazon S3 API reference.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmopt import backends
+from llmopt.artifacts.objects import PART_BYTES, Found, GoneError, errors
+from llmopt.artifacts.objects.credentials import Access
+from llmopt.errors import LlmoptError, SettingsError
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.objects.abilities import Abilities
+    from llmopt.artifacts.objects.multipart import Upload
+
+T = TypeVar("T")
+
+_URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/(.*))?")
+_RETRIES = 6
+_RETRY_S = 100
+_CONNECT_S, _SILENCE_S = 10, 60
+
+
+class S3Objects:
+    """See `Objects`."""
+
+    remote = True
+
+    def __init__(self, access: Access, bucket: str, prefix: str) -> None:
+        self.access, self.bucket, self.prefix = access, bucket, prefix
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        obstore: Any = backends.load("obstore", extra="s3")
+        store: Any = backends.load("obstore.store", extra="s3")
+        self._errors: Any = backends.load("obstore.exceptions", extra="s3")
+        self._obstore = obstore
+        self._store = store.S3Store(
+            bucket,
+            prefix=prefix or None,
+            endpoint=access.endpoint,
+            region=access.region,
+            virtual_hosted_style_request=False,
+            credential_provider=access.for_obstore,
+            client_options={
+                "allow_http": access.endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=_CONNECT_S),
+                "read_timeout": timedelta(seconds=_SILENCE_S),
+                "timeout": timedelta(hours=1),  # a slow line is no error; silence is
+                "pool_idle_timeout": timedelta(seconds=20),
+            },
+            retry_config={
+                "max_retries": _RETRIES,
+                "retry_timeout": timedelta(seconds=_RETRY_S),
+                "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10)},
+            },
+        )
+
+    @classmethod
+    def open(cls, url: str) -> S3Objects:
+        """Of `s3://bucket/prefix`, as the AWS environment and files say. Nothing is asked yet."""
+        found = _URL.fullmatch(url.rstrip("/"))
+        if found is None or any(part in ("", ".", "..") for part in (found[2] or "x").split("/")):
+            raise SettingsError(f"`{url}` is not `s3://BUCKET/PREFIX`", hint="3 to 63 lower-case letters, digits, `-`")
+        backends.require("obstore", extra="s3")
+        return cls(Access.find(), found[1], found[2] or "")
+
+    # -- see `Objects`
+
+    def read(self, key: str, *, most: int) -> bytes | None:
+        found = self.read_tagged(key, most=most)
+        return None if found is None else found[0]
+
+    def read_tagged(self, key: str, *, most: int) -> tuple[bytes, str | None] | None:
+        def get() -> tuple[bytes, str | None]:
+            result = self._obstore.get(self._store, key)
+            if result.meta["size"] > most:
+                return bytes(self._obstore.get_range(self._store, key, start=0, end=most + 1)), result.meta["e_tag"]
+            return bytes(result.bytes()), result.meta["e_tag"]
+
+        return self._try("reading", get, gone=None)
+
+    def read_range(self, key: str, begin: int, end: int) -> memoryview:
+        if begin == end:
+            return memoryview(b"")
+        data = self._try(
+            "reading", lambda: self._obstore.get_range(self._store, key, start=begin, end=end), gone=_Gone.GONE
+        )
+        if data is _Gone.GONE:
+            raise GoneError(f"`{self.url}/{key}` is missing", hint="`llmopt store verify` tells what else is")
+        return memoryview(data)
+
+    def find(self, key: str) -> Found | None:
+        meta = self._try("reading", lambda: self._obstore.head(self._store, key), gone=None)
+        return None if meta is None else _found(meta)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._try("writing", lambda: self._obstore.put(self._store, key, data, use_multipart=False))
+
+    def create(self, key: str, data: bytes | memoryview) -> bool:
+        if not self.abilities.creates:
+            if self.find(key) is not None:
+                return False
+            self._try("writing", lambda: self._obstore.put(self._store, key, data, use_multipart=False))
+            return True
+        return self._conditional(key, data, "create")
+
+    def swap(self, key: str, data: bytes, tag: str | None) -> bool:
+        if not self.swaps:
+            self.write(key, data)
+            return True
+        return self._conditional(key, data, "create" if tag is None else {"e_tag": tag})
+
+    @cached_property
+    def swaps(self) -> bool:
+        """Whether one of several writers at the same time wins, and the others learn of it."""
+        return self.abilities.swaps
+
+    def sender(self, key: str, size: int, digest: str) -> Upload:
+        from llmopt.artifacts.objects.multipart import Upload
+
+        return Upload.begin(self, key, size, digest)
+
+    def list(self, prefix: str = "") -> Iterator[Found]:
+        # A prefix of obstore's is one of whole folders: what is below is filtered here.
+        folder = prefix.rpartition("/")[0]
+        batches = self._try("listing", lambda: self._obstore.list(self._store, folder or None, chunk_size=1000))
+        while True:
+            batch = self._try("listing", lambda: next(batches, None))
+            if batch is None:
+                return
+            yield from (_found(meta) for meta in batch if meta["path"].startswith(prefix))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), 1000):
+            batch = list(keys[start : start + 1000])
+            try:
+                self._try("deleting", lambda batch=batch: self._obstore.delete(self._store, batch))  # type: ignore[misc]
+            except LlmoptError:  # not every server deletes many at once
+                for key in batch:
+                    self._try("deleting", lambda key=key: self._obstore.delete(self._store, key), gone=None)  # type: ignore[misc]
+
+    def now(self) -> float:
+        key = f"leases/clock-{os.urandom(6).hex()}"
+        self.write(key, b"")
+        found = self.find(key)
+        self.delete([key])
+        if found is None:
+            raise LlmoptError(f"what was written to `{self.url}` is not there", hint="is something deleting in it?")
+        return found.modified_s
+
+    # -- within
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        from llmopt.artifacts.objects.abilities import known
+
+        return known(self)
+
+    def _conditional(self, key: str, data: bytes | memoryview, mode: Any) -> bool:
+        """False where the condition does not hold; also for one that a first, lost try has met."""
+        try:
+            self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
+            return False
+        except self._errors.NotFoundError as error:
+            if errors.code_of(str(error)) == "NoSuchKey":  # there is nothing to swap any more
+                return False
+            raise self._tell(error, "writing") from None
+        except self._errors.BaseError as error:
+            if errors.code_of(str(error)) == "ConditionalRequestConflict":  # another one is being written now
+                return False
+            raise self._tell(error, "writing") from None
+        return True
+
+    def _try(self, what: str, work: Callable[[], T], **default: T) -> T:
+        """`gone` is the answer where there is no such object."""
+        try:
+            return work()
+        except (self._errors.NotFoundError, FileNotFoundError) as error:
+            if "gone" in default and errors.code_of(str(error)) != "NoSuchBucket":
+                return default["gone"]
+            raise self._tell(error, what) from None
+        except self._errors.BaseError as error:
+            raise self._tell(error, what) from None
+
+    def _tell(self, error: Exception, what: str) -> LlmoptError:
+        return self.tell(str(error), what)
+
+    def tell(self, text: str, what: str) -> LlmoptError:
+        return errors.tell(text, bucket=self.bucket, endpoint=self.access.endpoint, what=what)
+
+
+class _Gone:
+    GONE: Any = object()
+
+
+def _found(meta: Any) -> Found:
+    return Found(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta["e_tag"])
+
+
+assert PART_BYTES >= 5 << 20, "S3's least size of a part"
