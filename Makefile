@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,s3,dev]'
 	@touch $@
 
 demo: setup  ## quantize, compile and load-test the shipped model; prints one table
@@ -44,6 +44,11 @@ JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
 	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	  --python-version 3.12 --implementation cp --platform manylinux_2_35_x86_64 \
 	  --target $$(.venv-edgellm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') tensorrt-edgellm==0.11.0
+	@touch $@
+
+.venv-swift/.ready: tests/servers/swift.txt
+	@test -x .venv-swift/bin/python || $(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@touch $@
 
 bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again
