@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
+.PHONY: setup demo test test-s3 check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ demo: setup  ## quantize, compile and load-test the shipped model; prints one ta
 
 test: setup  ## all tests, judges included; benchmarks are left to `make bench`
 	$(BIN)/python -m pytest -q -m "not bench and not peers and not judge"
+
+test-s3: setup .venv-swift/.ready  ## what needs an S3 server, on Ceph and on OpenStack Swift (`make test` has rclone's)
+	tests/servers/install.sh
+	LLMOPT_TEST_S3=ceph,swift $(BIN)/python -m pytest -q -m s3
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,0 +1,8 @@
+"""S3 servers to test against, each a real one, and a proxy that breaks what passes between it and a client.
+
+The fixtures are in `fixtures.py`: `rclone`, `ceph` and `swift` give a `Server`; `s3_server` gives each of them in turn.
+"""
+
+from servers.server import Reply, Server
+
+__all__ = ["Reply", "Server"]
