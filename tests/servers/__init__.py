@@ -3,6 +3,21 @@
 The fixtures are in `fixtures.py`: `rclone`, `ceph` and `swift` give a `Server`; `s3_server` gives each of them in turn.
 """
 
+from servers.proxy import SLOW_DOWN, Answer, Cut, Exchange, Flip, Hang, LoseReply, Proxy, Rule, Slow, Truncate
 from servers.server import Reply, Server
 
-__all__ = ["Reply", "Server"]
+__all__ = [
+    "SLOW_DOWN",
+    "Answer",
+    "Cut",
+    "Exchange",
+    "Flip",
+    "Hang",
+    "LoseReply",
+    "Proxy",
+    "Reply",
+    "Rule",
+    "Server",
+    "Slow",
+    "Truncate",
+]

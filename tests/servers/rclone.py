@@ -23,7 +23,7 @@ def running(folder: Path) -> Iterator[Server]:
         name="rclone", endpoint=f"http://127.0.0.1:{port}", access_key="rclonekey", secret_key="rclonesecret"
     )
     keys = f"{server.access_key},{server.secret_key}"
-    command = [RCLONE, "serve", "s3", data, "--addr", f"127.0.0.1:{port}", "--auth-key", keys]
+    command: list[str | Path] = [RCLONE, "serve", "s3", data, "--addr", f"127.0.0.1:{port}", "--auth-key", keys]
     process = start([*command, "--config", "/dev/null"], log, environment(XDG_CACHE_HOME=str(folder / "cache")))
     try:
         wait_until(lambda: answers(port), process, log)
