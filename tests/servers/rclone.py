@@ -1,4 +1,8 @@
-"""`rclone serve s3` over a folder: up in a second, and lax: it ignores `If-None-Match`, `If-Match` and wrong sha256."""
+"""`rclone serve s3` over a folder: up in a second, and lax.
+
+Version 1.75 ignores `If-None-Match` and `If-Match` on `PUT`, wrong sha256 and `x-amz-checksum-*`; answers a range with
+the right bytes and Content-Range, but 200, which obstore refuses; and drops an upload whose completion it refuses.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""OpenStack Swift with its S3 API on one machine: four servers and memcached, all on 127.0.0.1, one copy of each."""
+"""OpenStack Swift with its S3 API on one machine: four servers and memcached, all on 127.0.0.1, one copy of each.
+
+Version 2.38 answers `PUT` with `If-Match` with 501, and of several who `PUT` with `If-None-Match: *` at once more than
+one may win.
+"""
 
 from __future__ import annotations
 
