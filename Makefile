@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
+.PHONY: setup demo test test-s3 check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,s3,dev]'
 	@touch $@
 
 demo: setup  ## quantize, compile and load-test the shipped model; prints one table
@@ -18,6 +18,10 @@ demo: setup  ## quantize, compile and load-test the shipped model; prints one ta
 
 test: setup  ## all tests, judges included; benchmarks are left to `make bench`
 	$(BIN)/python -m pytest -q -m "not bench and not peers and not judge"
+
+test-s3: setup .venv-swift/.ready  ## what needs an S3 server, on Ceph and on OpenStack Swift (`make test` has rclone's)
+	tests/servers/install.sh
+	LLMOPT_TEST_S3=ceph,swift $(BIN)/python -m pytest -q -m s3
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -44,6 +48,11 @@ JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
 	.venv-edgellm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 	  --python-version 3.12 --implementation cp --platform manylinux_2_35_x86_64 \
 	  --target $$(.venv-edgellm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') tensorrt-edgellm==0.11.0
+	@touch $@
+
+.venv-swift/.ready: tests/servers/swift.txt
+	@test -x .venv-swift/bin/python || $(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@touch $@
 
 bench-quantize: setup $(PEERS:%=.venv-%/.ready)  ## ours against other quantizers; LLMOPT_BENCH_FRESH=1 measures them again

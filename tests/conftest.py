@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+pytest_plugins = ["servers.fixtures"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 SHAPE: dict[str, Any] = {
