@@ -1,7 +1,7 @@
 """Removing what nobody needs: mark from names, from what is in use and from what is young, then sweep the rest.
 
-An artifact that is kept keeps those that it was made from. The sweep goes the other way round than writers do: first the
-action, then the manifest, then what only it had, so that a crash leaves nothing that can be found and is not whole.
+An artifact that is kept keeps those that it was made from. The sweep goes the other way round than writers do: first
+the action, then the manifest, then what only it had, so that a crash leaves nothing that can be found and is not whole.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ _WRITERS, _ROUNDS = 8, 3
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abilities:
     """`creates`: a PUT with If-None-Match is refused where there is an object. `swaps`: also with If-Match for another
-    version, and of several writers at once exactly one wins."""
+    version, and of several writers at once exactly one wins. `quoted_tags`: If-Match has the tag as it came, in quotes,
+    which is the rule; Ceph knows it only without."""
 
     creates: bool
     swaps: bool
+    quoted_tags: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,8 @@ class Probe:
     create: bool  # PUT If-None-Match: * is refused over an object
     create_rounds: int
     create_one_winner: int  # rounds in which exactly one of the writers won
-    swap: bool  # PUT If-Match of another version is refused
+    swap: bool  # PUT If-Match of another version is refused, and of the right one taken
+    swap_quoted: bool  # with the tag in quotes, as it came
     swap_one_winner: int
     complete_create: bool  # CompleteMultipartUpload If-None-Match: * is refused over an object
     wrong_sha256_refused: bool  # a part whose bytes are not those it was signed with
@@ -55,7 +59,7 @@ class Probe:
     @property
     def abilities(self) -> Abilities:
         atomic = self.create_one_winner == self.swap_one_winner == self.create_rounds
-        return Abilities(creates=self.create, swaps=self.swap and atomic)
+        return Abilities(creates=self.create, swaps=self.swap and atomic, quoted_tags=self.swap_quoted)
 
     def to_json(self) -> dict[str, Json]:
         return {**asdict(self), "relied_on": asdict(self.abilities)}
@@ -67,14 +71,13 @@ def known(objects: S3Objects) -> Abilities:
     with suppress(OSError, ValueError, TypeError, KeyError):
         if time.time() - file.stat().st_mtime < _AGE_S:
             found = json.loads(file.read_text())
-            return Abilities(creates=bool(found["creates"]), swaps=bool(found["swaps"]))
+            return Abilities(**{name: bool(found[name]) for name in ("creates", "swaps", "quoted_tags")})
     creates, _ = _creates(objects, 0, 0)
-    swaps = False
-    if creates:
-        _, one = _creates(objects, _WRITERS, _ROUNDS)
-        refused, one_swap = _swaps(objects, _WRITERS, _ROUNDS)
-        swaps = refused and one == one_swap == _ROUNDS
-    found_now = Abilities(creates=creates, swaps=swaps)
+    swaps, quoted = False, True
+    if creates and _creates(objects, _WRITERS, _ROUNDS)[1] == _ROUNDS:
+        swaps, quoted, won = _swaps(objects, _WRITERS, _ROUNDS)
+        swaps = swaps and won == _ROUNDS
+    found_now = Abilities(creates=creates, swaps=swaps, quoted_tags=quoted)
     remember(objects, found_now)
     return found_now
 
@@ -98,7 +101,7 @@ def probe(objects: S3Objects, *, writers: int = 16, rounds: int = 20) -> Probe:
     ranges = bytes(objects.read_range(key, 2, 5)) == b"234"
     objects.delete([key])
     create, one = _creates(objects, writers, rounds)
-    swap, one_swap = _swaps(objects, writers, rounds)
+    swap, quoted, one_swap = _swaps(objects, writers, rounds)
     complete, refused = _multipart(objects)
     found = Probe(
         endpoint=objects.access.endpoint,
@@ -106,6 +109,7 @@ def probe(objects: S3Objects, *, writers: int = 16, rounds: int = 20) -> Probe:
         create_rounds=rounds,
         create_one_winner=one,
         swap=swap,
+        swap_quoted=quoted,
         swap_one_winner=one_swap,
         complete_create=complete,
         wrong_sha256_refused=refused,
@@ -121,20 +125,34 @@ def _creates(objects: S3Objects, writers: int, rounds: int) -> tuple[bool, int]:
     """Whether creating over an object is refused, and in how many rounds exactly one writer created it."""
     key = _key()
     objects.write(key, b"first")
-    refused = not objects._conditional(key, b"second", "create")
+    refused = not objects.conditional(key, b"second", "create")
     objects.delete([key])
     return refused, sum(_race(objects, writers, lambda _: "create", None) for _ in range(rounds))
 
 
-def _swaps(objects: S3Objects, writers: int, rounds: int) -> tuple[bool, int]:
-    key = _key()
-    objects.write(key, b"first")
-    tag = _tag(objects, key)
-    objects.write(key, b"second")
-    refused = tag is not None and not objects._conditional(key, b"third", {"e_tag": tag})
-    objects.delete([key])
-    won = sum(_race(objects, writers, lambda tag: {"e_tag": tag}, b"first") for _ in range(rounds)) if refused else 0
-    return refused, won
+def _swaps(objects: S3Objects, writers: int, rounds: int) -> tuple[bool, bool, int]:
+    """Whether a swap of another version is refused and one of the right version is not, with the tag in quotes or
+    bare, and in how many rounds exactly one writer won."""
+    for quoted in (True, False):
+        key = _key()
+        objects.write(key, b"first")
+        old = _mode(_tag(objects, key), quoted)
+        objects.write(key, b"second")
+        new = _mode(_tag(objects, key), quoted)
+        try:
+            right = not objects.conditional(key, b"third", old) and objects.conditional(key, b"third", new)
+        except LlmoptError:  # not implemented
+            right = False
+        objects.delete([key])
+        if right:
+            mode = partial(_mode, quoted=quoted)
+            return True, quoted, sum(_race(objects, writers, mode, b"first") for _ in range(rounds))
+    return False, True, 0
+
+
+def _mode(tag: str | None, quoted: bool) -> dict[str, str]:
+    tag = tag or ""
+    return {"e_tag": tag if quoted else tag.strip('"')}
 
 
 def _race(objects: S3Objects, writers: int, mode: Callable[[str | None], Any], before: bytes | None) -> bool:
@@ -147,7 +165,7 @@ def _race(objects: S3Objects, writers: int, mode: Callable[[str | None], Any], b
 
     def write(number: int) -> bool:
         try:
-            return objects._conditional(key, f"{number} of {writers}".encode(), mode(tag))
+            return objects.conditional(key, f"{number} of {writers}".encode(), mode(tag))
         except LlmoptError:
             return False
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from xml.etree import ElementTree
 
 from llmopt import backends
-from llmopt.artifacts.objects import errors, parts_of
+from llmopt.artifacts.objects import GoneError, errors, parts_of
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _MOST_BYTES = 8 << 20  # of an answer
 class Upload:
     """See `Sender`. Its id is found again by asking which uploads of the key are open."""
 
-    def __init__(self, wire: _Wire, key: str, size: int, upload_id: str, there: Mapping[int, tuple[int, str]]) -> None:
+    def __init__(self, wire: Wire, key: str, size: int, upload_id: str, there: Mapping[int, tuple[int, str]]) -> None:
         self._wire, self._key, self._size, self._id = wire, key, size, upload_id
         spans = parts_of(size)
         self._tags = {n: there[n][1] for n, begin, end in spans if n in there and there[n][0] == end - begin}
@@ -42,7 +42,7 @@ class Upload:
     @classmethod
     def begin(cls, objects: S3Objects, key: str, size: int, digest: str) -> Upload:
         """A new one, or the last that was begun for this key: a key is the digest of its bytes, so its parts fit."""
-        wire = _Wire.of(objects)
+        wire = Wire.of(objects)
         for upload_id in wire.open_uploads(key):
             there = wire.parts(key, upload_id)
             if there is not None:
@@ -82,7 +82,7 @@ def abort_old(objects: S3Objects, prefix: str, before_s: float) -> int:
     """Remove the parts of uploads below `prefix` that were begun before this time (seconds since 1970); how many."""
     from datetime import datetime
 
-    wire, count = _Wire.of(objects), 0
+    wire, count = Wire.of(objects), 0
     for upload in wire.uploads(prefix):
         begun = _text(upload, "Initiated")
         key, upload_id = _text(upload, "Key"), _text(upload, "UploadId")
@@ -96,7 +96,7 @@ def abort_old(objects: S3Objects, prefix: str, before_s: float) -> int:
 
 def conditional_completion(objects: S3Objects, key: str) -> bool:
     """Whether completing an upload can be refused where there is an object already."""
-    wire = _Wire.of(objects)
+    wire = Wire.of(objects)
     objects.write(key, b"first")
     upload = Upload.begin(objects, key, 6, "")
     upload.send(1, b"second")
@@ -113,7 +113,7 @@ def conditional_completion(objects: S3Objects, key: str) -> bool:
 
 def wrong_digest(objects: S3Objects, key: str) -> bool:
     """Whether bytes that are not those that the request was signed with are refused."""
-    wire = _Wire.of(objects)
+    wire = Wire.of(objects)
     try:
         wire.request("PUT", key, {}, b"other bytes", what="writing", digest=hashlib.sha256(b"bytes").hexdigest())
         return False
@@ -123,7 +123,7 @@ def wrong_digest(objects: S3Objects, key: str) -> bool:
         objects.delete([key])
 
 
-class _Wire:
+class Wire:
     """Signed requests on kept connections."""
 
     def __init__(self, objects: S3Objects) -> None:
@@ -138,7 +138,7 @@ class _Wire:
         )
 
     @classmethod
-    def of(cls, objects: S3Objects) -> _Wire:
+    def of(cls, objects: S3Objects) -> Wire:
         """One for each `S3Objects`."""
         found = vars(objects).setdefault("_wire", None) or cls(objects)
         vars(objects)["_wire"] = found
@@ -171,6 +171,14 @@ class _Wire:
                 return
             query["key-marker"] = _text(root, "NextKeyMarker") or ""
             query["upload-id-marker"] = _text(root, "NextUploadIdMarker") or ""
+
+    def read_range(self, key: str, begin: int, end: int) -> bytes:
+        """By `Range`, whatever the status of the answer says of it."""
+        headers = {"Range": f"bytes={begin}-{end - 1}"}
+        _, answered, data = self.request("GET", key, {}, what="reading", headers=headers)
+        if "content-range" not in answered:
+            data = data[begin:end]
+        return data
 
     def parts(self, key: str, upload_id: str) -> dict[int, tuple[int, str]] | None:
         """Size and tag of each part that the server has; None when it does not know the upload."""
@@ -238,7 +246,11 @@ class _Wire:
             if answer.status < 300:
                 return answer.status, {name.lower(): value for name, value in answer.headers.items()}, answer.data
             said = f"status: {answer.status} {answer.data[:_MOST_BYTES].decode(errors='replace')}"
-            busy = answer.status >= 500 or answer.status == 429
+            if answer.status == 416:  # a range past the end
+                return answer.status, {"content-range": ""}, b""
+            if answer.status == 404 and errors.code_of(said) == "NoSuchKey":
+                raise GoneError(f"`{self.objects.url}/{key}` is missing")
+            busy = answer.status in (429, 500, 502, 503, 504)
             if not busy and errors.code_of(said) not in ("RequestTimeout", "SlowDown", "OperationAborted"):
                 break
         raise self.objects.tell(said, what)
