@@ -30,7 +30,7 @@ bench: setup  ## the figures of README.md
 
 # Other tools want other versions of torch and transformers than we do: each has an environment of its own.
 PEERS := llmcompressor gptqmodel autoround
-JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
+JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm intoto
 
 .venv-%/.ready: tests/bench/peers/%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
