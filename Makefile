@@ -10,7 +10,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,s3,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[openvino,s3,sign,dev]'
 	@touch $@
 
 demo: setup  ## quantize, compile and load-test the shipped model; prints one table
@@ -34,7 +34,7 @@ bench: setup  ## the figures of README.md
 
 # Other tools want other versions of torch and transformers than we do: each has an environment of its own.
 PEERS := llmcompressor gptqmodel autoround
-JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm
+JUDGES := llmcompressor gptqmodel modelopt peft lm_eval deploy edgellm intoto
 
 .venv-%/.ready: tests/bench/peers/%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*

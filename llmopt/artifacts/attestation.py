@@ -1,22 +1,29 @@
 """Who made an artifact, when and how: an in-toto Statement with SLSA provenance, kept beside the manifest.
 
-None of it is in the artifact's digest. Sources: in-toto attestation framework, Statement v1; SLSA, provenance v1 (names
-of the form `<vendor>_<field>` are its rule for fields of one's own).
+None of it is in the artifact's digest. Sources: in-toto attestation framework, Statement v1, ResourceDescriptor and
+DigestSet; SLSA, provenance v1 (names of the form `<vendor>_<field>` are its rule for fields of one's own); package-url.
 """
 
 from __future__ import annotations
 
 import base64
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmopt.artifacts.manifest import MANIFEST_NAME, Action, Manifest
+from llmopt.artifacts.manifest import MANIFEST_NAME, Manifest
 from llmopt.artifacts.outcome import Json
 
-_MOST_BYTES = 1 << 20  # of one byproduct
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+
+#: Of one byproduct. The framework suggests 1 KB and a link to the rest; a log has no other place than this.
+_MOST_BYTES = 1 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NOT_ON_PYPI = ("cuda", "python")  # among the dependencies of an engine built elsewhere
 
 
 def attest(
@@ -39,11 +46,11 @@ def attest(
     subject: list[Json] = [{"name": entry.path, "digest": {"sha256": entry.sha256}} for entry in manifest.files]
     subject.append({"name": MANIFEST_NAME, "digest": {"sha256": manifest.hex}})
     return {
-        "_type": "https://in-toto.io/Statement/v1",
+        "_type": STATEMENT_TYPE,
         "subject": subject,
-        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "buildDefinition": _definition(manifest.action),
+            "buildDefinition": _definition(manifest),
             "runDetails": {
                 "builder": {"id": "urn:llmopt:local", "version": {"llmopt": llmopt.__version__}},
                 "metadata": {
@@ -82,22 +89,39 @@ def _byproduct(name: str, text: str) -> dict[str, Json]:
     return {"name": name, "mediaType": "text/plain", "content": content}
 
 
-def _definition(action: Action | None) -> dict[str, Json]:
+def _definition(manifest: Manifest) -> dict[str, Json]:
+    action = manifest.action
     if action is None:
-        return {"buildType": "urn:llmopt:import:1", "externalParameters": {}}
-    inputs: list[Json] = [
-        {"name": name, "digest": {"sha256": given.removeprefix("sha256:")}}
-        if given.startswith("sha256:")
-        else {"name": name, "uri": given}
-        for name, given in sorted(action.inputs.items())
-    ]
-    packages: list[Json] = [{"uri": f"pkg:pypi/{name}@{version}"} for name, version in sorted(action.deps.items())]
+        return {"buildType": "urn:llmopt:import:1", "externalParameters": {"kind": manifest.kind}}
+    inputs = [_resource(name, given) for name, given in sorted(action.inputs.items())]
+    packages = [_package(name, version) for name, version in sorted(action.deps.items())]
     return {
         "buildType": "urn:llmopt:action:1",
         "externalParameters": {"op": action.op, "settings": dict(action.settings), "target": dict(action.target)},
         "internalParameters": {"key": action.key, "op_version": action.op_version, "code": action.code},
-        "resolvedDependencies": inputs + packages,
+        "resolvedDependencies": [*inputs, *packages],
     }
+
+
+def _resource(name: str, given: str) -> Json:
+    """An input of an action: an artifact by its digest, `hf:REPOSITORY@COMMIT`, or the URL of a server."""
+    if given.startswith("sha256:"):
+        return {"name": name, "digest": {"sha256": given.removeprefix("sha256:")}}
+    repository, _, commit = given.rpartition("@")
+    if repository.startswith("hf:") and _COMMIT.fullmatch(commit):
+        uri = given if repository.startswith("hf:datasets/") else f"pkg:huggingface/{given.removeprefix('hf:')}"
+        return {"name": name, "uri": uri, "digest": {"gitCommit": commit}}
+    scheme, separator, rest = given.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    return {"name": name, "uri": f"{scheme.lower()}{separator}{user}{at}{host.lower()}{slash}{path}"}
+
+
+def _package(name: str, version: str) -> Json:
+    from urllib.parse import quote
+
+    kind = "generic" if name in _NOT_ON_PYPI else "pypi"
+    return {"uri": f"pkg:{kind}/{name.lower().replace('_', '-')}@{quote(version, safe='')}"}
 
 
 def _head(git: Path) -> str | None:

@@ -4,7 +4,7 @@
     manifests/sha256/<hex>.json  the artifacts
     actions/<key>/<hex>.json     a file for each distinct result of an action
     names/<name>                 the id of an artifact
-    attestations/<hex>/          who made it and when, one file a run
+    attestations/<hex>/          who made it and when, one file a run, bare or signed
     chunks/sha256/<hex>.json     digests of the chunks of an artifact's large files, for transfers
     leases/<hex>                 locked by those who use the artifact
     verified                     which blobs were read through, and how they looked then
@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import chunks, disk, layout, trees
+from llmopt.artifacts import chunks, disk, layout, signing, trees
 from llmopt.artifacts.digest import in_parallel, seal, sha256_file
 from llmopt.artifacts.export import copy_out
+from llmopt.artifacts.keys import SigningKey
 from llmopt.artifacts.leases import Leases
 from llmopt.artifacts.manifest import (
     MANIFEST_NAME,
@@ -54,6 +55,7 @@ class Store:
     def __init__(self, root: Path, *, verify_full: bool = False) -> None:
         """`verify_full`: what is used is read through once in this process, whatever was known of it before."""
         self.root = root
+        self.signer: SigningKey | None = None  # signs what is said of the artifacts that `runner.execute` publishes
         self.leases = Leases(root / layout.LEASES)
         self._verify_full = verify_full
         self._verified = Verified(root / "verified")
@@ -213,10 +215,31 @@ class Store:
         return manifest
 
     def attestations(self, artifact: str) -> list[dict[str, Json]]:
-        """The statements about an artifact, oldest first."""
-        folder = self.root / layout.attestation(layout.digest(artifact))
-        found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
-        return [statement for statement in found if statement is not None]
+        """The statements about an artifact, signed or not, oldest first. Nothing here says that one is to be believed.
+
+        One that is there bare and in an envelope, or in several, is one run.
+        """
+        found: list[dict[str, Json]] = []
+        for value in _attested(self.root / layout.attestation(layout.digest(artifact))):
+            with suppress(CorruptError):
+                if (statement := signing.unwrap(value)) not in found:
+                    found.append(statement)
+        return found
+
+    def envelopes(self, artifact: str) -> list[dict[str, Json]]:
+        """The signed ones of these, as they are, for `signing.require` to judge."""
+        return [
+            value
+            for value in _attested(self.root / layout.attestation(layout.digest(artifact)))
+            if signing.is_envelope(value)
+        ]
+
+    def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
+        """Keep a statement beside the artifact of this store that it is about; CorruptError if it is about another."""
+        manifest = self.get(artifact)
+        signing.check_about(signing.unwrap(envelope), manifest)
+        with self._writing(), self._aside() as aside:
+            self._attest(manifest, canonical_json(dict(envelope)), aside)
 
     def read(self, manifest: Manifest, path: str) -> bytes | None:
         """One small file of an artifact, checked, without the others being read; None if it has no such file."""
@@ -521,6 +544,12 @@ def _json(file: Path) -> dict[str, Json] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _attested(folder: Path) -> list[dict[str, Json]]:
+    """What lies beside an artifact, oldest first."""
+    found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
+    return [value for value in found if value is not None]
 
 
 def _action(file: Path) -> Action | None:

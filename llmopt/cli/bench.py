@@ -131,6 +131,7 @@ def bench(
         str | None, opt.option("--out", "--report", metavar="DIR", help="Also copy the report into this folder.")
     ] = None,
     name: opt.Name = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -149,7 +150,7 @@ def bench(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     delivery = Delivery(session, out=out, name=name, anew=True)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
     subjects = {"candidate": _subject(session.store, subject)}

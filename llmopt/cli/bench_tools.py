@@ -61,6 +61,7 @@ def calibrate(
     tokenizer: load.Tokenizer = None,
     name: opt.Name = None,
     out: opt.Out = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -78,7 +79,7 @@ def calibrate(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     if rounds < LEAST_ROUNDS:
         raise SettingsError(f"{rounds} rounds tell no noise", hint=f"give `--rounds` of {LEAST_ROUNDS} at the least")
     delivery = Delivery(session, out=out, name=name, anew=True)
@@ -167,6 +168,7 @@ def import_(
     csv: Annotated[str | None, opt.option("--csv", metavar="FILE", help="Also write the table there.")] = None,
     out: opt.Out = None,
     name: opt.Name = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -183,7 +185,7 @@ def import_(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose, sign_key=sign_key)
     delivery = Delivery(session, out=out, name=name)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
     given: Mapping[str, Any] = {

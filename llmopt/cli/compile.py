@@ -90,6 +90,7 @@ def compile_(
     ] = False,
     out: opt.Out = None,
     name: opt.Name = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -104,7 +105,7 @@ def compile_(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, plan
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     given = {
         "target": target,
         "aot": aot,

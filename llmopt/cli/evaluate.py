@@ -35,6 +35,7 @@ def evaluate(
     ] = None,
     out: opt.Out = None,
     name: opt.Name = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -48,7 +49,7 @@ def evaluate(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     delivery = Delivery(session, out=out, name=name)
     base = None if against is None else inputs.model(session.store, against, session.console.progress)
     settings = opt.settings(

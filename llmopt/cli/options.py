@@ -17,6 +17,7 @@ from llmopt.cli.console import Console, start
 from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
+    from llmopt.artifacts.keys import SigningKey
     from llmopt.artifacts.store import Store
     from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
@@ -36,6 +37,12 @@ Builder = Annotated[
 ]
 Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
 
+#: Of the commands that make artifacts; one variable for all of them.
+SignKey = Annotated[
+    str | None,
+    option("--sign-key", envvar="LLMOPT_SIGN_KEY", metavar="FILE", help="Sign what is made with this private key."),
+]
+
 # Every command has these (but for --json-lines), and makes its session of them.
 StoreFolder = Annotated[
     str | None,
@@ -52,24 +59,39 @@ Verbose = Annotated[bool, option("--verbose", "-v", help="Times on stderr, and t
 
 @dataclass(frozen=True)
 class Session:
-    """What every command has: somewhere to speak, and the store (opened when first asked for)."""
+    """What every command has: somewhere to speak, and the store (opened when first asked for), which may sign."""
 
     console: Console
     store_location: str | None
+    signer: SigningKey | None = None
 
     @cached_property
     def store(self) -> Store:
         from llmopt.artifacts.store import Store
 
-        return Store.open(self.store_location)
+        store = Store.open(self.store_location)
+        store.signer = self.signer
+        return store
 
 
-def session(store: str | None, *, json: bool, quiet: bool, verbose: bool, json_lines: bool = False) -> Session:
-    """The first thing in a command: from here on, errors too are told as these flags ask."""
+def session(
+    store: str | None,
+    *,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
+    json_lines: bool = False,
+    sign_key: str | None = None,
+) -> Session:
+    """The first thing in a command: from here on, errors too are told as these flags ask. A key is read at once."""
     console = start(as_json=json, as_lines=json_lines, quiet=quiet, verbose=verbose)
     if json and json_lines:
         raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
-    return Session(console, store)
+    if sign_key is None:
+        return Session(console, store)
+    from llmopt.artifacts.keys import read_private
+
+    return Session(console, store, read_private(sign_key))
 
 
 def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any]:

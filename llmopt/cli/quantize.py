@@ -119,6 +119,7 @@ def quantize(
     ] = None,
     out: opt.Out = None,
     name: opt.Name = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -132,7 +133,7 @@ def quantize(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, plan, runner
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     delivery = Delivery(session, out=out, name=name)
     source = inputs.model(session.store, model, session.console.progress)
     memory = opt.byte_size("--memory-budget", memory_budget)

@@ -24,6 +24,7 @@ def run(
         opt.option("--out", metavar="DIR", help="Also copy each stage's artifact into a folder of this one."),
     ] = None,
     builder: opt.Builder = None,
+    sign_key: opt.SignKey = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -40,7 +41,7 @@ def run(
     from llmopt.cli.deliver import keep_report
     from llmopt.pipeline import plan
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
+    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     wanted = plan.load(pipeline, overrides or ())
     folders = {} if out is None or dry_run else {name: Path(out) / name for name in wanted.steps}
     for folder in folders.values():

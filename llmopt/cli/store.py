@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmopt.cli import options as opt
+from llmopt.cli import store_trust
 from llmopt.cli.tables import table
 from llmopt.errors import CorruptError, Exit, LlmoptError, nearest
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store",
-    help="List, show, verify, name and export artifacts.\n\n"
+    help="List, show, verify, sign, name and export artifacts.\n\n"
     "An ARTIFACT is an id, its first 8 digits or more, or a name.",
 )
 
@@ -90,19 +91,28 @@ def show(
 @app.command("verify")
 def verify(
     artifact: Annotated[str | None, opt.argument(metavar="ARTIFACT")] = None,
+    require_signed_by: store_trust.RequireSignedBy = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Read every byte of ARTIFACT, or of all, again and compare it with its digest. Exits with 4 if one differs."""
+    """Read every byte of ARTIFACT, or of all, again and compare it with its digest. Exits with 4 if one differs.
+
+    With --require-signed-by also if nobody has signed how it was made whose public key is given.
+    """
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
+    trust = store_trust.Trust.read(require_signed_by)
     ids = session.store.ids() if artifact is None else [_resolve(session.store, artifact)]
-    problems = {id_: found for id_ in ids if (found := session.store.verify(id_))}
+    problems = {id_: found for id_ in ids if (found := session.store.verify(id_) or trust.problems(session.store, id_))}
     lines = [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
-    verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are whole"
+    verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are {trust.wanted}"
     session.console.result("\n".join([*lines, verdict]), {"verified": len(ids), "problems": problems})
     return int(Exit.VERIFICATION_FAILED if problems else Exit.OK)
+
+
+app.command("keygen")(store_trust.keygen)
+app.command("sign")(store_trust.sign)
 
 
 @app.command("name")

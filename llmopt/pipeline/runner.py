@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmopt.artifacts import signing
 from llmopt.artifacts.attestation import attest
 from llmopt.artifacts.manifest import Action, Manifest
 from llmopt.artifacts.outcome import Json, Outcome, Progress
@@ -72,7 +73,13 @@ def find(store: Store, stage: Stage, progress: Progress) -> StageResult | None:
     except CorruptError as error:
         progress(f"the stored result is damaged and will be made again: {error.message}")
         return None
-    return None if manifest is None else _result(store, stage, manifest, progress, cached=True, start=start)
+    if manifest is None:
+        return None
+    if store.signer is not None:  # nobody vouches for what others made without saying so
+        envelopes = store.envelopes(manifest.id)
+        if signing.trusted(manifest, envelopes, [store.signer.public]) is None:
+            progress(f"found in the store and not signed by your key: `llmopt store sign {manifest.id[:19]}` signs it")
+    return _result(store, stage, manifest, progress, cached=True, start=start)
 
 
 def execute(
@@ -83,6 +90,7 @@ def execute(
     A resumable stage finds in its folder what it left when it was ended.
 
     `keep` is called with the staging folder of a measurement that ended early, since that cannot be had again.
+    The store's signer, if it has one, signs how the result was made before anyone can find it.
     """
     start, started = time.monotonic(), time.time()
     stage.check()
@@ -93,6 +101,11 @@ def execute(
             if keep is not None and not stage.repeatable:
                 keep(out)
             raise
+
+        def attestation(manifest: Manifest) -> dict[str, Json]:
+            made = attest(manifest, started=started, finished=time.time(), byproducts=outcome.byproducts)
+            return made if store.signer is None else signing.sign(made, store.signer)
+
         manifest = store.put(
             out,
             kind=stage.kind,
@@ -100,9 +113,7 @@ def execute(
             status=outcome.status,
             events=outcome.events,
             metrics=outcome.metrics,
-            attestation=lambda manifest: attest(
-                manifest, started=started, finished=time.time(), byproducts=outcome.byproducts
-            ),
+            attestation=attestation,
         )
     return _result(store, stage, manifest, progress, cached=False, start=start)
 

@@ -43,6 +43,28 @@ def test_a_statement_names_the_artifact_its_action_and_the_run(
     assert run["llmopt_user"]
 
 
+def test_what_it_was_made_of_is_named_as_others_name_it(put: Put, make_action: MakeAction) -> None:
+    commit = "0123456789" * 4
+    inputs = {
+        "model_source": f"hf:Org/Name@{commit}",
+        "calibration_source": f"hf:datasets/org/rows@{commit}",
+        "server": "HTTP://me:Pass@Localhost:8000/V1",
+    }
+    deps = {"tensorrt_llm": "1.2.1", "torch": "2.13.0+cpu", "python": "3.12.3", "cuda": "13.0"}
+    statement = json.loads(json.dumps(attest(put(action=make_action(inputs=inputs, deps=deps)), started=0, finished=1)))
+    found = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {(one.get("name"), one["uri"]) for one in found} == {
+        ("model_source", f"pkg:huggingface/Org/Name@{commit}"),
+        ("calibration_source", f"hf:datasets/org/rows@{commit}"),
+        ("server", "http://me:Pass@localhost:8000/V1"),
+        (None, "pkg:pypi/tensorrt-llm@1.2.1"),
+        (None, "pkg:pypi/torch@2.13.0%2Bcpu"),
+        (None, "pkg:generic/python@3.12.3"),
+        (None, "pkg:generic/cuda@13.0"),
+    }
+    assert [one["digest"] for one in found if "digest" in one] == [{"gitCommit": commit}] * 2
+
+
 def test_every_run_is_kept_and_none_changes_the_artifact(store: Store, put: Put, make_action: MakeAction) -> None:
     action = make_action()
     plain = put(action=action)
@@ -64,8 +86,9 @@ def test_a_log_is_beside_the_artifact_and_only_its_end_where_it_is_long(put: Put
 
 
 def test_an_imported_artifact_has_a_statement_too(put: Put) -> None:
-    statement = attest(put(), started=0, finished=1)
-    assert "urn:llmopt:import:1" in json.dumps(statement)
+    statement = json.loads(json.dumps(attest(put(), started=0, finished=1)))
+    definition = statement["predicate"]["buildDefinition"]
+    assert definition == {"buildType": "urn:llmopt:import:1", "externalParameters": {"kind": "model"}}
 
 
 class TestTheCommit:

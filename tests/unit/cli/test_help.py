@@ -17,7 +17,7 @@ from llmopt.cli.app import app
 
 HEAVY = {
     "torch", "transformers", "tokenizers", "safetensors", "numpy", "openvino", "openvino_genai", "starlette", "uvicorn",
-    "rich", "pydantic", "yaml", "boto3", "obstore",
+    "rich", "pydantic", "yaml", "boto3", "obstore", "cryptography",
 }  # fmt: skip
 
 

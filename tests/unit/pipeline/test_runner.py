@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from llmopt.artifacts import disk, signing
+from llmopt.artifacts.keys import SigningKey
 from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
 from llmopt.errors import LlmoptError, SettingsError
@@ -182,3 +185,23 @@ def test_the_statement_about_a_run_names_its_times_and_its_action(store: Store, 
     text = json.dumps(statement)
     assert result.action in text
     assert "startedOn" in text
+
+
+def test_a_store_that_signs_publishes_only_what_is_signed(
+    store: Store, make_stage: MakeStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends it, and when: what can be found has its signature."""
+    key = SigningKey(Ed25519PrivateKey.generate())
+    store.signer = key
+    publish = disk.publish
+
+    def watched(data: bytes, target: Path, **where: Path) -> None:
+        publish(data, target, **where)
+        for path in (store.root / "actions").rglob("*.json"):
+            artifact = f"sha256:{path.stem}"
+            signing.require(store.get(artifact), store.envelopes(artifact), [key.public])
+
+    monkeypatch.setattr(disk, "publish", watched)
+    result = runner.run(store, make_stage(), silent)
+    assert len(store.attestations(result.artifact)) == len(store.envelopes(result.artifact)) == 1
+    assert store.results(result.action) == [result.artifact]
