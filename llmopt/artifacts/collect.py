@@ -60,7 +60,7 @@ def collect(
     """Remove what is not named, not in use, not an ancestor of what is, and older than that many seconds."""
     with remote.removing() as removal:
         listed = remote.listed()
-        manifests = _manifests(remote, listed)
+        manifests = manifests_of(remote, listed)
         cutoff = removal.now_s - older_than_s
         roots = {artifact for artifact in remote.names().values() if artifact in listed}
         for artifact, found in listed.items():
@@ -121,7 +121,7 @@ def sweep(
     return collected
 
 
-def _manifests(remote: Remote, ids: Iterable[str]) -> dict[str, Manifest]:
+def manifests_of(remote: Remote, ids: Iterable[str]) -> dict[str, Manifest]:
     """Those that can be read."""
 
     def get(artifact: str) -> Manifest | None:

@@ -55,6 +55,7 @@ class Store:
     def __init__(self, root: Path, *, verify_full: bool = False) -> None:
         """`verify_full`: what is used is read through once in this process, whatever was known of it before."""
         self.root = root
+        self.url = str(root)
         self.signer: SigningKey | None = None  # signs what is said of the artifacts that `runner.execute` publishes
         self.leases = Leases(root / layout.LEASES)
         self._verify_full = verify_full
@@ -220,7 +221,7 @@ class Store:
         One that is there bare and in an envelope, or in several, is one run.
         """
         found: list[dict[str, Json]] = []
-        for value in _attested(self.root / layout.attestation(layout.digest(artifact))):
+        for value in self.statements(artifact):
             with suppress(CorruptError):
                 if (statement := signing.unwrap(value)) not in found:
                     found.append(statement)
@@ -228,11 +229,13 @@ class Store:
 
     def envelopes(self, artifact: str) -> list[dict[str, Json]]:
         """The signed ones of these, as they are, for `signing.require` to judge."""
-        return [
-            value
-            for value in _attested(self.root / layout.attestation(layout.digest(artifact)))
-            if signing.is_envelope(value)
-        ]
+        return [value for value in self.statements(artifact) if signing.is_envelope(value)]
+
+    def statements(self, artifact: str) -> list[dict[str, Json]]:
+        """All that lies beside an artifact, bare or in envelopes, oldest first."""
+        folder = self.root / layout.attestation(layout.digest(artifact))
+        found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
+        return [value for value in found if value is not None]
 
     def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
         """Keep a statement beside the artifact of this store that it is about; CorruptError if it is about another."""
@@ -358,6 +361,10 @@ class Store:
 
     def _tree(self, manifest: Manifest) -> Path:
         return self.root / "trees" / manifest.hex
+
+    def has(self, artifact: str) -> bool:
+        """Whether its manifest is on this disk; whether it and its files are right is not asked."""
+        return self._manifest(layout.digest(artifact)).exists()
 
     def _load(self, artifact: str) -> Manifest | None:
         digest = layout.digest(artifact)
@@ -544,12 +551,6 @@ def _json(file: Path) -> dict[str, Json] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _attested(folder: Path) -> list[dict[str, Json]]:
-    """What lies beside an artifact, oldest first."""
-    found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
-    return [value for value in found if value is not None]
 
 
 def _action(file: Path) -> Action | None:
