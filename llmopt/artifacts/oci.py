@@ -209,7 +209,7 @@ def _documents(manifest: Manifest, model_config: Mapping[str, Any]) -> tuple[byt
     licenses = _licenses(manifest)
     config = canonical_json(
         {
-            "descriptor": _about(manifest, model_config) | ({"licenses": licenses} if licenses else {}),
+            "descriptor": _about(manifest, model_config) | ({"licenses": [*licenses]} if licenses else {}),
             "config": _technical(manifest, model_config),
             "modelfs": {"type": "layers", "diffIds": [layer.digest for layer in layers]},
         }
@@ -289,11 +289,11 @@ def _technical(manifest: Manifest, model_config: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _licenses(manifest: Manifest) -> list[Json]:
+def _licenses(manifest: Manifest) -> list[str]:
     """As the action's inputs state them: `model_license: apache-2.0`, several joined by ` AND `."""
     inputs: Mapping[str, str] = {} if manifest.action is None else manifest.action.inputs
     stated = [inputs.get(f"{name}_license", "").split(" AND ") for name in _CARRIED]
-    return [*sorted({license.strip() for licenses in stated for license in licenses} - {""})]
+    return sorted({license.strip() for licenses in stated for license in licenses} - {""})
 
 
 def _model_config(store: Store, manifest: Manifest) -> Mapping[str, Any]:

@@ -133,6 +133,12 @@ class Store:
                 (folder / path).unlink()
         return manifest
 
+    def attest(self, artifact: str, statement: Mapping[str, Json]) -> None:
+        """Keep a statement that was made elsewhere beside an artifact of this store."""
+        manifest = self.get(artifact)
+        with self._writing(), self._aside() as aside:
+            self._attest(manifest, canonical_json(statement), aside)
+
     def set_name(self, name: str, artifact: str) -> None:
         """Let `name` stand for an artifact of this store from now on."""
         self.check_name(name)

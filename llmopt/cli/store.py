@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from json import loads
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmopt.cli import options as opt
+from llmopt.cli import store_exchange
+from llmopt.cli.references import resolve as _resolve
 from llmopt.cli.tables import table
-from llmopt.errors import CorruptError, Exit, LlmoptError, nearest
+from llmopt.errors import CorruptError, Exit
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store",
-    help="List, show, verify, name and export artifacts.\n\n"
+    help="List, show, verify, name, export and import artifacts.\n\n"
     "An ARTIFACT is an id, its first 8 digits or more, or a name.",
 )
 
@@ -121,29 +122,8 @@ def give_name(
     session.console.result(f"{name} {found}", {"name": name, "artifact": found})
 
 
-@app.command("export")
-def export(
-    artifact: Artifact,
-    folder: Annotated[str, opt.argument(metavar="FOLDER")],
-    store: opt.StoreFolder = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Copy ARTIFACT, verified, into the new folder FOLDER."""
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    found = _resolve(session.store, artifact)
-    session.store.export(found, Path(folder))
-    session.console.result(f"{folder} {found}", {"path": folder, "artifact": found})
-
-
-def _resolve(store: Store, reference: str) -> str:
-    found = store.resolve(reference)
-    if found is None:
-        names = store.names()
-        hint = nearest(reference, names) if names else "`llmopt store ls` lists the artifacts"
-        raise LlmoptError(f"no artifact `{reference}` in the store `{store.root}`", hint=hint)
-    return found
+app.command("export")(store_exchange.export)
+app.command("import")(store_exchange.import_)
 
 
 def _names(store: Store) -> dict[str, list[str]]:
