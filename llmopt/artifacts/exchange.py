@@ -43,6 +43,8 @@ def take(store: Store, source: str, *, digest: str | None = None) -> Taken:
     CorruptError when bytes are missing or are not those of their digest; then nothing has been stored.
     """
     folder, tag = split(source)
+    if tag is not None and digest is not None:
+        raise SettingsError(f"the tag `{tag}` and `--digest` are both given", hint="give one of them")
     if Layout.is_layout(folder):
         layout = Layout(folder)
         return _take_image(store, layout, layout.model(tag=tag, digest=digest))

@@ -51,6 +51,7 @@ MAX_DOCUMENT_BYTES = 4 << 20
 _MAX_MODEL_CONFIG_BYTES = 1 << 20  # of a model's config.json, to be read
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
 _HUB = re.compile(r"hf:([^@]+)@.+")
 
 _DOCUMENTS = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "README")
@@ -106,6 +107,7 @@ class Descriptor:
         annotations = {} if annotations is None else annotations
         if (
             not isinstance(media_type, str)
+            or not _MEDIA_TYPE.fullmatch(media_type)
             or not isinstance(digest, str)
             or not isinstance(size, int)
             or isinstance(size, bool)

@@ -158,7 +158,7 @@ class Layout:
         version = _object(self._document(LAYOUT_FILE), f"`{LAYOUT_FILE}`").get("imageLayoutVersion")
         if version != LAYOUT_VERSION:
             raise LlmoptError(
-                f"`{self.folder}` is an OCI layout of version `{version}`", hint=f"llmopt reads {LAYOUT_VERSION}"
+                f"`{self.folder}` is an OCI layout of version `{version!a}`", hint=f"llmopt reads {LAYOUT_VERSION}"
             )
         manifests = _object(self._document(INDEX_FILE), f"`{INDEX_FILE}`").get("manifests")
         if not isinstance(manifests, list):
@@ -176,7 +176,7 @@ class Layout:
         if digest is not None:
             return SettingsError(f"no manifest `{digest}` in `{self.folder}`", hint=f"there are {_choices(listed)}")
         if tag is not None:
-            tags = [found.annotations[TAG] for found in listed if TAG in found.annotations]
+            tags = [_tag(found) for found in listed if TAG in found.annotations]
             hint = nearest(tag, tags) if tags else f"there are {_choices(listed)}"
             return SettingsError(f"no tag `{tag}` in `{self.folder}`", hint=hint)
         return CorruptError(f"no model in the OCI layout `{self.folder}`", hint=AGAIN)
@@ -230,8 +230,13 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
     return found
 
 
+def _tag(found: Descriptor) -> str:
+    """For people: nothing that a terminal would obey."""
+    return ascii(found.annotations[TAG])[1:-1]
+
+
 def _choices(listed: list[Descriptor]) -> str:
     """How each can be named on the command line."""
-    named = [f"`:{found.annotations[TAG]}`" for found in listed if TAG in found.annotations]
+    named = [f"`:{_tag(found)}`" for found in listed if TAG in found.annotations]
     others = [f"`--digest {found.digest}`" for found in listed if TAG not in found.annotations]
     return ", ".join([*dict.fromkeys(named + others)][:10]) or "none"
