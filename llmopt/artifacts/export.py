@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmopt.artifacts import disk
@@ -47,10 +48,7 @@ def copy_out(manifest: Manifest, dest: Path, blob: Callable[[str], Path], corrup
         if _holds(dest, manifest):
             return
         raise _not_empty(dest)
-    with (
-        disk.writing("the folder", dest, option=_OPTION, needs=manifest.size),
-        disk.temporary(dest.parent, ".llmopt-") as aside,
-    ):
+    with new_folder(dest, needs=manifest.size) as aside:
         for entry in manifest.files:
             target = aside / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +58,17 @@ def copy_out(manifest: Manifest, dest: Path, blob: Callable[[str], Path], corrup
         (aside / MANIFEST_NAME).write_bytes(manifest.to_bytes())
         disk.sync_file(aside / MANIFEST_NAME)
         disk.sync_folders([aside / entry.path for entry in manifest.files], aside)
+
+
+@contextmanager
+def new_folder(dest: Path, *, needs: int = 0) -> Iterator[Path]:
+    """A folder beside `dest` to fill and to sync, which becomes `dest` when the `with` ends without an error."""
+    dest = Path(os.path.realpath(dest))
+    with (
+        disk.writing("the folder", dest, option=_OPTION, needs=needs),
+        disk.temporary(dest.parent, ".llmopt-") as aside,
+    ):
+        yield aside
         aside.rename(dest)
         disk.sync_folders([dest], dest.parent)
 

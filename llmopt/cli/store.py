@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from json import loads
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmopt.cli import options as opt
-from llmopt.cli import store_trust
+from llmopt.cli import store_exchange, store_trust
+from llmopt.cli.references import resolve
 from llmopt.cli.tables import table
-from llmopt.errors import CorruptError, Exit, LlmoptError, nearest
+from llmopt.errors import CorruptError, Exit
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store",
-    help="List, show, verify, sign, name and export artifacts.\n\n"
+    help="The artifacts: list, show, compare, verify, sign, name, copy, send, fetch and remove them.
+
+"
     "An ARTIFACT is an id, its first 8 digits or more, or a name.",
 )
 
@@ -77,7 +79,7 @@ def show(
 ) -> None:
     """Show what ARTIFACT was made from, with what and by whom, and its files."""
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    manifest = session.store.get(_resolve(session.store, artifact))
+    manifest = session.store.get(resolve(session.store, artifact))
     value = {
         "artifact": manifest.id,
         "names": _names(session.store).get(manifest.id, []),
@@ -103,7 +105,7 @@ def verify(
     """
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     trust = store_trust.Trust.read(require_signed_by)
-    ids = session.store.ids() if artifact is None else [_resolve(session.store, artifact)]
+    ids = session.store.ids() if artifact is None else [resolve(session.store, artifact)]
     problems = {id_: found for id_ in ids if (found := session.store.verify(id_) or trust.problems(session.store, id_))}
     lines = [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
     verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are {trust.wanted}"
@@ -126,34 +128,13 @@ def give_name(
 ) -> None:
     """Let NAME stand for ARTIFACT from now on."""
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    found = _resolve(session.store, artifact)
+    found = resolve(session.store, artifact)
     session.store.set_name(name, found)
     session.console.result(f"{name} {found}", {"name": name, "artifact": found})
 
 
-@app.command("export")
-def export(
-    artifact: Artifact,
-    folder: Annotated[str, opt.argument(metavar="FOLDER")],
-    store: opt.StoreFolder = None,
-    json: opt.Json = False,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> None:
-    """Copy ARTIFACT, verified, into the new folder FOLDER."""
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    found = _resolve(session.store, artifact)
-    session.store.export(found, Path(folder))
-    session.console.result(f"{folder} {found}", {"path": folder, "artifact": found})
-
-
-def _resolve(store: Store, reference: str) -> str:
-    found = store.resolve(reference)
-    if found is None:
-        names = store.names()
-        hint = nearest(reference, names) if names else "`llmopt store ls` lists the artifacts"
-        raise LlmoptError(f"no artifact `{reference}` in the store `{store.root}`", hint=hint)
-    return found
+app.command("export")(store_exchange.export)
+app.command("import")(store_exchange.import_)
 
 
 def _names(store: Store) -> dict[str, list[str]]:

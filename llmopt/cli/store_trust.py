@@ -87,12 +87,12 @@ def sign(
     With --json also the signed statement: a DSSE envelope, for other tools.
     """
     from llmopt.artifacts import signing
-    from llmopt.cli.store import _resolve
+    from llmopt.cli.references import resolve
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose, sign_key=key)
     if session.signer is None:
         raise SettingsError("no key to sign with", hint="`--key FILE`; `llmopt store keygen FILE` makes one")
-    found = _resolve(session.store, artifact)
+    found = resolve(session.store, artifact)
     envelope = signing.sign(_statement(session.store, found), session.signer)
     session.store.attach(found, envelope)
     keyid = session.signer.public.keyid
