@@ -86,10 +86,9 @@ def _definition(action: Action | None) -> dict[str, Json]:
     if action is None:
         return {"buildType": "urn:llmopt:import:1", "externalParameters": {}}
     inputs: list[Json] = [
-        {"name": name, "digest": {"sha256": given.removeprefix("sha256:")}}
-        if given.startswith("sha256:")
-        else {"name": name, "uri": given}
+        _dependency(name, given, action.inputs.get(f"{name}_license"))
         for name, given in sorted(action.inputs.items())
+        if not name.endswith("_license")
     ]
     packages: list[Json] = [{"uri": f"pkg:pypi/{name}@{version}"} for name, version in sorted(action.deps.items())]
     return {
@@ -98,6 +97,12 @@ def _definition(action: Action | None) -> dict[str, Json]:
         "internalParameters": {"key": action.key, "op_version": action.op_version, "code": action.code},
         "resolvedDependencies": inputs + packages,
     }
+
+
+def _dependency(name: str, given: str, license: str | None) -> dict[str, Json]:
+    found: dict[str, Json] = {"name": name}
+    found |= {"digest": {"sha256": given.removeprefix("sha256:")}} if given.startswith("sha256:") else {"uri": given}
+    return found if license is None else {**found, "annotations": {"license": license}}
 
 
 def _head(git: Path) -> str | None:

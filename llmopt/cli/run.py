@@ -24,6 +24,7 @@ def run(
         opt.option("--out", metavar="DIR", help="Also copy each stage's artifact into a folder of this one."),
     ] = None,
     builder: opt.Builder = None,
+    deny_license: opt.DenyLicense = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -57,6 +58,7 @@ def run(
         why=explain,
         keep=keep,
         builder=opt.builder(builder),
+        deny=deny_license or (),
     )
     for step in result.steps:
         if step.name in folders and step.result is not None:

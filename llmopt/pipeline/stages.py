@@ -451,12 +451,16 @@ def _serving() -> dict[str, str]:
 
 
 def _ids(**given: Input | None) -> dict[str, str]:
-    """The digests of the inputs; where one was fetched, also from where: `model_source` beside `model`."""
+    """The digests of the inputs; where one was fetched, also from where: `model_source` beside `model`.
+
+    So with its licence, where one is stated: `model_license`.
+    """
     found: dict[str, str] = {}
     for name, given_input in given.items():
         if given_input is not None:
+            more = {"source": given_input.source, "license": given_input.license}
             found[name] = given_input.id
-            found |= {} if given_input.source is None else {f"{name}_source": given_input.source}
+            found |= {f"{name}_{about}": said for about, said in more.items() if said is not None}
     return found
 
 

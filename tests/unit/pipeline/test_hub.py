@@ -66,7 +66,8 @@ def test_references(text: str, expected: Reference | None) -> None:
 
 def test_only_what_stages_read_is_fetched(hub: Any, published: str, store: Store, tiny: Path) -> None:
     found = inputs.model(store, TINY)
-    assert sorted(hub.downloads()) == sorted([*files_of(tiny), "LICENSE"])
+    assert sorted(hub.downloads()) == sorted([*files_of(tiny), "LICENSE", "README.md"])
+    assert "README.md" not in {file.name for file in found.files}
     assert found.source == f"hf:{TINY}@{published}"
 
 
