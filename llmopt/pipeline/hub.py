@@ -422,9 +422,14 @@ def _no_weights(repository: _Repository, wanted: str) -> LlmoptError:
     reference = repository.reference
     other = sorted(name for name in repository.sizes if name.endswith(_OTHER_WEIGHTS))
     if other:
+        from llmopt.models.checkpoint import PICKLES, unpickling
+
+        pickled = next((name for name in other if name.endswith(PICKLES)), None)
+        hint = "look for a repository with safetensors"
+        if pickled is not None and reference.kind == "model" and wanted.startswith("model"):
+            hint += f", or {unpickling(reference.name, reference.name.rpartition('/')[2])}"
         return LlmoptError(
-            f"`{reference}` has its weights only as `{other[0]}`, which llmopt does not read",
-            hint="look for a repository with safetensors, or convert it with the hub's `safetensors/convert` space",
+            f"`{reference}` has its weights only as `{pickled or other[0]}`, which llmopt does not read", hint=hint
         )
     return repository.lacks(f"`{wanted}`", "give a repository with safetensors weights")
 

@@ -237,6 +237,15 @@ def test_a_model_without_safetensors_is_told_what_it_has(hub: Any, store: Store,
     assert hub.downloads() == []
 
 
+def test_an_index_that_names_pickles_is_refused_and_none_is_fetched(hub: Any, store: Store) -> None:
+    index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}).encode()
+    hub.add(TINY, {"config.json": b"{}", "model.safetensors.index.json": index, "pytorch_model-1.bin": b"x"})
+    error = refused(store)
+    assert "only as `pytorch_model-1.bin`" in error.message
+    assert f"{TINY} tiny`" in str(error.hint)
+    assert "pytorch_model-1.bin" not in hub.downloads()
+
+
 def test_an_adapter_is_not_a_model(hub: Any, store: Store) -> None:
     hub.add(TINY, {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "model.safetensors": b"x"})
     assert "the model it was made for" in str(refused(store).hint)
