@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmopt.cli import options as opt
+from llmopt.cli import store_tools
 from llmopt.cli.tables import table
 from llmopt.errors import CorruptError, Exit, LlmoptError, nearest
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     "An ARTIFACT is an id, its first 8 digits or more, or a name.",
 )
 
+app.command("diff")(store_tools.diff)
 Artifact = Annotated[str, opt.argument(metavar="ARTIFACT")]
 
 
@@ -38,14 +40,18 @@ def list_artifacts(
     import time
 
     from llmopt.artifacts.disk import byte_size
+    from llmopt.pipeline.explain import distinct_results
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     names = _names(session.store)
     found = session.store.ls()
+    results = {manifest.id: len(distinct_results(session.store, manifest.action)) for manifest, _ in found}
     rows = [["ARTIFACT", "KIND", "MADE BY", "NAMES", "STORED", "SIZE"]]
     for manifest, created_s in found:
         stored = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_s))
         operation = manifest.action.op if manifest.action else "-"
+        if results[manifest.id]:
+            operation += f" (1 of {results[manifest.id]} different results)"
         labels = " ".join(names.get(manifest.id, ["-"]))
         rows.append([manifest.id[:19], manifest.kind, operation, labels, stored, byte_size(manifest.size)])
     listed = [
@@ -57,6 +63,7 @@ def list_artifacts(
             "names": names.get(manifest.id, []),
             "bytes": manifest.size,
             "created": created_s,
+            "reproducible": not results[manifest.id],
         }
         for manifest, created_s in found
     ]
@@ -69,19 +76,33 @@ def list_artifacts(
 @app.command("show")
 def show(
     artifact: Artifact,
+    lineage: Annotated[
+        bool, opt.option("--lineage", help="All that it was made from, back to the checkpoint.")
+    ] = False,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show what ARTIFACT was made from, with what and by whom, and its files."""
+    from llmopt.pipeline.explain import distinct_results
+
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    manifest = session.store.get(_resolve(session.store, artifact))
+    manifest = session.store.get(resolve(session.store, artifact))
+    if lineage:
+        from llmopt.pipeline.lineage import tree
+
+        node = tree(session.store, manifest.id)
+        session.console.result("\n".join(store_tools.tree_lines(node)), {"artifact": manifest.id, "lineage": node})
+        return
+    results = distinct_results(session.store, manifest.action)
     value = {
         "artifact": manifest.id,
         "names": _names(session.store).get(manifest.id, []),
         "manifest": loads(manifest.to_bytes()),
         "attestations": session.store.attestations(manifest.id),
+        "reproducible": not results,
+        "results": list(results),
         "worst_linears": _worst_linears(session, manifest),
     }
     session.console.result("\n".join(_lines(manifest, value)), value)
@@ -97,7 +118,7 @@ def verify(
 ) -> int:
     """Read every byte of ARTIFACT, or of all, again and compare it with its digest. Exits with 4 if one differs."""
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    ids = session.store.ids() if artifact is None else [_resolve(session.store, artifact)]
+    ids = session.store.ids() if artifact is None else [resolve(session.store, artifact)]
     problems = {id_: found for id_ in ids if (found := session.store.verify(id_))}
     lines = [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
     verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are whole"
@@ -116,7 +137,7 @@ def give_name(
 ) -> None:
     """Let NAME stand for ARTIFACT from now on."""
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    found = _resolve(session.store, artifact)
+    found = resolve(session.store, artifact)
     session.store.set_name(name, found)
     session.console.result(f"{name} {found}", {"name": name, "artifact": found})
 
@@ -132,12 +153,13 @@ def export(
 ) -> None:
     """Copy ARTIFACT, verified, into the new folder FOLDER."""
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    found = _resolve(session.store, artifact)
+    found = resolve(session.store, artifact)
     session.store.export(found, Path(folder))
     session.console.result(f"{folder} {found}", {"path": folder, "artifact": found})
 
 
-def _resolve(store: Store, reference: str) -> str:
+def resolve(store: Store, reference: str) -> str:
+    """The full id of what a user wrote."""
     found = store.resolve(reference)
     if found is None:
         names = store.names()
@@ -179,6 +201,9 @@ def _lines(manifest: Manifest, value: Mapping[str, Any]) -> Iterator[str]:
         for part in ("inputs", "settings", "deps", "target"):
             yield from (f"{part:<9} {name}: {item}" for name, item in sorted(getattr(action, part).items()))
         yield f"code      {action.code}"
+    if value["results"]:
+        yield "results   not reproducible: the same action has given these"
+        yield from (f"result    {artifact}" for artifact in value["results"])
     yield from (f"metric    {name}: {figure}" for name, figure in manifest.metrics.items())
     yield from (f"event     {event}" for event in manifest.events)
     for linear in value["worst_linears"]:

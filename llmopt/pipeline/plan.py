@@ -13,7 +13,7 @@ from llmopt import profiles
 from llmopt.artifacts.outcome import Json, Progress, within
 from llmopt.errors import BackendMissingError, SettingsError, nearest
 from llmopt.pipeline import inputs, runner, stages
-from llmopt.pipeline.explain import explain
+from llmopt.pipeline.explain import distinct_results, explain
 from llmopt.pipeline.inputs import Input
 from llmopt.pipeline.runner import Stage, StageResult
 
@@ -52,6 +52,7 @@ class Step:
     waits_for: str | None = None  # the step that makes that artifact
     result: StageResult | None = None
     differs: tuple[str, ...] = ()  # from the nearest stored action: why this one is not a hit
+    results: tuple[str, ...] = ()  # all that the same action has given, where they are several: not reproducible
 
     def to_json(self) -> dict[str, Json]:
         about: dict[str, Json] = {"stage": self.name, "op": self.op, "action": self.key, "cached": False}
@@ -59,6 +60,8 @@ class Step:
             about["waits_for"] = self.waits_for
         if self.differs:
             about["differs"] = list(self.differs)
+        if self.results:
+            about["results"] = list(self.results)
         return about | (self.result.to_json() if self.result else {})
 
 
@@ -283,7 +286,9 @@ class _Chain:
                 self._progress(f"{name}: {line}")
             keep = None if self._keep is None else partial(self._keep, name)
             result = runner.execute(self._store, stage, within(self._progress, name, step=name), keep=keep)
-        return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
+        results = distinct_results(self._store, stage.action)
+        step = Step(name=name, op=op, key=key, differs=differs, result=result, results=results)
+        return step, inputs.product(result)
 
 
 def _read(reference: str) -> tuple[profiles.Profile, tuple[str, ...]]:
