@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from llmopt.cli import options as opt
 
-_FIGURES = 6  # of an artifact in a tree
+_FIGURES = 8  # of an artifact in a tree
 
 
 def diff(

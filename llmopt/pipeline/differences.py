@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PARTS = ("inputs", "settings", "deps", "target")
 _MOST_BYTES = 1 << 20  # of a JSON file that is looked into
-_MOST_KEYS = 50  # told of each
+_MOST_KEYS, _MOST_CHARACTERS = 50, 200  # told of each
 
 
 def differences(store: Store, first: str, second: str) -> dict[str, Json]:
@@ -133,8 +133,18 @@ def _keys(store: Store, a: Manifest, b: Manifest, old: FileEntry, new: FileEntry
         return {}
     if not all(isinstance(value, dict) for value in values):
         return {}
-    pairs = _pairs(*values)
+    before, after = (flat(value) for value in values)
+    names = [name for name in sorted(before.keys() | after.keys()) if not _equal(before.get(name), after.get(name))]
     return {
-        "keys": {name: pairs[name] for name in list(pairs)[:_MOST_KEYS]},
-        "more_keys": max(0, len(pairs) - _MOST_KEYS),
+        "keys": {name: {"a": _brief(before.get(name)), "b": _brief(after.get(name))} for name in names[:_MOST_KEYS]},
+        "more_keys": max(0, len(names) - _MOST_KEYS),
     }
+
+
+def _brief(value: Any) -> Json:
+    """A long list or text is not told whole."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= _MOST_CHARACTERS:
+        found: Json = value
+        return found
+    return f"{len(value)} items" if isinstance(value, list) else text[:_MOST_CHARACTERS] + "..."

@@ -222,7 +222,8 @@ def _refuse_denied(label: str, stated: Sequence[Stated], patterns: Sequence[str]
     if by is None:
         raise SettingsError(
             f"`{label}` states no licence, which `--deny-license {pattern}` denies",
-            hint=f"write `license:` into the front matter of its `{licenses.CARD}`, or put its licence beside it",
+            hint=f"`license:` in the front matter of its `{licenses.CARD}` states one, or a `LICENSE` beside it; what "
+            "llmopt makes has that of what it is made from",
         )
     raise SettingsError(
         f"`{label}` has the licence `{by.license}` by {_named(by.where)}, which `--deny-license {pattern}` denies",

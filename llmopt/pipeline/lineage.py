@@ -62,7 +62,7 @@ def _node(
         "op": None if action is None else action.op,
         "license": said.get("license") or inherited,
         "bytes": manifest.size,
-        "metrics": _figures(manifest) | measured.get(id_, {}),
+        "metrics": {**measured.get(id_, {}), **_figures(manifest)},  # how good it is comes first
     }
     if id_ in seen and action is not None:
         return {**node, "again": True, "inputs": []}

@@ -58,6 +58,15 @@ def test_a_small_json_file_is_looked_into_and_its_keys_are_bounded(store: Store,
     assert "x.z" not in changed["keys"]
 
 
+def test_a_long_value_is_not_told_whole(store: Store, put: Put) -> None:
+    first = put({"a.json": json.dumps({"list": list(range(500)), "text": "x" * 500, "short": [1]})})
+    second = put({"a.json": json.dumps({"list": list(range(501)), "text": "y" * 500, "short": [2]})})
+    (changed,) = differences(store, first, second)["files"]["changed"]  # type: ignore[index,call-overload,misc]
+    assert changed["keys"]["list"] == {"a": "500 items", "b": "501 items"}
+    assert changed["keys"]["text"]["a"] == "x" * 200 + "..."
+    assert changed["keys"]["short"] == {"a": [1], "b": [2]}
+
+
 @pytest.mark.parametrize("text", ["{", "[1, 2]", '"text"', json.dumps({"a": "x" * (1 << 20)})])
 def test_what_is_no_small_object_is_only_told_to_be_other(store: Store, put: Put, text: str) -> None:
     (changed,) = differences(store, put({"a.json": "{}"}), put({"a.json": text}))["files"]["changed"]  # type: ignore[index,call-overload,misc]
