@@ -93,7 +93,11 @@ def _definition(manifest: Manifest) -> dict[str, Json]:
     action = manifest.action
     if action is None:
         return {"buildType": "urn:llmopt:import:1", "externalParameters": {"kind": manifest.kind}}
-    inputs = [_resource(name, given) for name, given in sorted(action.inputs.items())]
+    inputs = [
+        _resource(name, given, action.inputs.get(f"{name}_license"))
+        for name, given in sorted(action.inputs.items())
+        if not name.endswith("_license")
+    ]
     packages = [_package(name, version) for name, version in sorted(action.deps.items())]
     return {
         "buildType": "urn:llmopt:action:1",
@@ -103,18 +107,23 @@ def _definition(manifest: Manifest) -> dict[str, Json]:
     }
 
 
-def _resource(name: str, given: str) -> Json:
+def _resource(name: str, given: str, license: str | None) -> Json:
     """An input of an action: an artifact by its digest, `hf:REPOSITORY@COMMIT`, or the URL of a server."""
+    found = {"name": name, **_where(given)}
+    return found if license is None else {**found, "annotations": {"license": license}}
+
+
+def _where(given: str) -> dict[str, Json]:
     if given.startswith("sha256:"):
-        return {"name": name, "digest": {"sha256": given.removeprefix("sha256:")}}
+        return {"digest": {"sha256": given.removeprefix("sha256:")}}
     repository, _, commit = given.rpartition("@")
     if repository.startswith("hf:") and _COMMIT.fullmatch(commit):
         uri = given if repository.startswith("hf:datasets/") else f"pkg:huggingface/{given.removeprefix('hf:')}"
-        return {"name": name, "uri": uri, "digest": {"gitCommit": commit}}
+        return {"uri": uri, "digest": {"gitCommit": commit}}
     scheme, separator, rest = given.partition("://")
     authority, slash, path = rest.partition("/")
     user, at, host = authority.rpartition("@")
-    return {"name": name, "uri": f"{scheme.lower()}{separator}{user}{at}{host.lower()}{slash}{path}"}
+    return {"uri": f"{scheme.lower()}{separator}{user}{at}{host.lower()}{slash}{path}"}
 
 
 def _package(name: str, version: str) -> Json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
+from llmopt.artifacts import licenses
 from llmopt.artifacts.chunks import CHUNK_BYTES, chunk_digest
 from llmopt.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parents
 from llmopt.errors import CorruptError, LlmoptError
@@ -18,7 +19,7 @@ from llmopt.errors import CorruptError, LlmoptError
 #: What stages read of a folder: weights, configuration, tokenizer and templates; licences go with every derivative.
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 _ENGINE_SUFFIXES = (".xml", ".bin")  # of a model they would be pickles, which no stage reads
-_LICENCES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+_LICENCES = licenses.FILES + licenses.NOTICES
 #: A text is its bytes: renaming it changes no result, so its name is not in its digest.
 _TEXT_NAME = "text"
 _READ_BYTES = 1 << 20

@@ -41,9 +41,10 @@ class FileEntry:
 class Action:
     """All that decides a result: the same key, the same artifact.
 
-    `inputs` names artifacts by id, and for one that was fetched also from where: `model_source` beside `model`. `code`
-    is the digest of our sources that do the work; `deps` holds the versions of the libraries that change bits; `target`
-    is the machine it is made for. No times, hosts, folders or users.
+    `inputs` names artifacts by id, and says of each from where it was fetched, if it was, and its licence, if one is
+    stated: `model_source` and `model_license` beside `model`. `code` is the digest of our sources that do the work;
+    `deps` holds the versions of the libraries that change bits; `target` is the machine it is made for. No times,
+    hosts, folders or users.
     """
 
     op: str

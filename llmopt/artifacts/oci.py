@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts import disk
 from llmopt.artifacts.export import check_out, new_folder
+from llmopt.artifacts.licenses import of_manifest
 from llmopt.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.outcome import Json
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
@@ -72,8 +73,6 @@ _FORMATS = {
     ".safetensors": "safetensors",
 }
 _PRECISIONS = ("float64", "float32", "bfloat16", "float16")
-#: An action's inputs of which what it makes is a form; of a calibration text nothing is in it.
-_CARRIED = ("model", "adapter", "prepared", "base", "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,10 +207,10 @@ def _documents(manifest: Manifest, model_config: Mapping[str, Any]) -> tuple[byt
     """The bytes of ModelPack's config and of the OCI manifest."""
     own = FileEntry(MANIFEST_NAME, len(manifest.to_bytes()), manifest.hex)
     layers = [_layer(entry) for entry in (*manifest.files, own)]
-    licenses = _licenses(manifest)
+    licenses = [stated.license for stated in of_manifest(manifest)]
     config = canonical_json(
         {
-            "descriptor": _about(manifest, model_config) | ({"licenses": [*licenses]} if licenses else {}),
+            "descriptor": _about(manifest, model_config) | ({"licenses": licenses} if licenses else {}),
             "config": _technical(manifest, model_config),
             "modelfs": {"type": "layers", "diffIds": [layer.digest for layer in layers]},
         }
@@ -289,13 +288,6 @@ def _technical(manifest: Manifest, model_config: Mapping[str, Any]) -> dict[str,
     if isinstance(method, str):
         found["quantization"] = method
     return found
-
-
-def _licenses(manifest: Manifest) -> list[str]:
-    """As the action's inputs state them: `model_license: apache-2.0`, several joined by ` AND `."""
-    inputs: Mapping[str, str] = {} if manifest.action is None else manifest.action.inputs
-    stated = [inputs.get(f"{name}_license", "").split(" AND ") for name in _CARRIED]
-    return sorted({license.strip() for licenses in stated for license in licenses} - {""})
 
 
 def _model_config(store: Store, manifest: Manifest) -> Mapping[str, Any]:

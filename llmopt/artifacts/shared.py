@@ -2,7 +2,7 @@
 
 Either the other is the store, and this disk its cache (`--store s3://...`): all that is made goes there, names are
 there, and what was used longest ago leaves the disk when it gets too much. Or the store is here and the other a cache
-that several machines share (`--remote`): results made elsewhere are used, and one's own are sent if asked to (`--push`).
+that several machines share (`--remote`): results made elsewhere are used, and one's own sent if asked to (`--push`).
 """
 
 from __future__ import annotations

@@ -13,7 +13,20 @@ import typer
 from typer.main import get_command
 
 import llmopt
-from llmopt.cli import bench, bench_tools, console, doctor, evaluate, plan, profiles, quantize, run, serve, store
+from llmopt.cli import (
+    bench,
+    bench_tools,
+    console,
+    doctor,
+    evaluate,
+    plan,
+    profiles,
+    quantize,
+    reproduce,
+    run,
+    serve,
+    store,
+)
 from llmopt.cli import compile as compile_command
 from llmopt.cli import options as opt
 from llmopt.errors import Exit, LlmoptError, SettingsError, nearest
@@ -42,6 +55,7 @@ for _name, (_function, _help) in bench_tools.TOOLS.items():
     )(_function)
 app.command("serve", short_help="Serve an engine, OpenAI-compatible.")(serve.serve)
 app.command("plan", short_help="Say what fits where, how fast and for how much.")(plan.plan)
+app.command("reproduce", short_help="Make an artifact again, and compare.")(reproduce.reproduce)
 app.command("doctor", short_help="Say what this machine can do.")(doctor.doctor)
 app.add_typer(store.app)
 app.add_typer(profiles.app)

@@ -88,6 +88,7 @@ def compile_(
     validate: Annotated[
         bool, opt.option("--validate", help="SOURCE is a folder prepared for TensorRT-LLM: only check it, strictly.")
     ] = False,
+    deny_license: opt.DenyLicense = None,
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
@@ -146,10 +147,11 @@ def compile_(
                 "`--resume` needs to know what builds", hint="`--builder PYTHON` with tensorrt_llm, or `docker:IMAGE`"
             )
         prepared = inputs.resolve(session.store, source)
+        inputs.refuse_denied((prepared,), deny_license or ())
         result = plan.build_engine(session.store, prepared, with_builder, session.console.progress)
     else:
         settings = opt.overridden(opt.settings(profile, "compile", **given), overrides)
-        model = inputs.model(session.store, source, session.console.progress)
+        model = inputs.model(session.store, source, session.console.progress, deny=deny_license or ())
         result = plan.compile_model(session.store, model, settings, session.console.progress, builder=with_builder)
     delivery.deliver(result)
     return int(Exit.BACKEND_MISSING if result.status == "prepared" else Exit.OK)

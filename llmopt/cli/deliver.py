@@ -82,6 +82,8 @@ def _lines(result: StageResult, name: str | None, figures: str | None) -> Iterat
     took = "cached" if result.cached else f"{result.seconds:.1f} s"
     yield f"artifact  {result.artifact}" + (f" ({name})" if name else "")
     yield f"kind      {result.kind}, {result.status}, {byte_size(result.bytes)}, {took}"
+    if result.license is not None:
+        yield f"license   {result.license}"
     yield f"path      {result.path}"
     shown: frozenset[str] = frozenset()
     if figures is not None:

@@ -35,6 +35,15 @@ Builder = Annotated[
     str | None,
     option("--builder", metavar="B", help="What builds on a GPU: a Python with tensorrt_llm, or `docker:IMAGE`."),
 ]
+DenyLicense = Annotated[
+    list[str] | None,
+    option(
+        "--deny-license",
+        envvar="LLMOPT_DENY_LICENSE",
+        metavar="PATTERN",
+        help="Refuse inputs with such a licence ('llama*', '*-nc-*'), or with none (unknown).",
+    ),
+]
 Seed = Annotated[int | None, option("--seed", metavar="N", help="Of every random choice.")]
 
 #: Of the commands that make artifacts; one variable for all of them.

@@ -117,6 +117,7 @@ def quantize(
             help="Only quantize one random block of it again and compare: exit 4 if other.",
         ),
     ] = None,
+    deny_license: opt.DenyLicense = None,
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
@@ -135,7 +136,8 @@ def quantize(
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
     delivery = Delivery(session, out=out, name=name)
-    source = inputs.model(session.store, model, session.console.progress)
+    denied = deny_license or ()
+    source = inputs.model(session.store, model, session.console.progress, deny=denied)
     memory = opt.byte_size("--memory-budget", memory_budget)
     if check is not None:
         return _check(session, source, check, adapter, memory)
@@ -173,7 +175,9 @@ def quantize(
     if own:
         inherited = dict(settings.get("overrides", {}))
         settings["overrides"] = {key: value for key, value in inherited.items() if key not in own} | own
-    stage = plan.quantize_stage(session.store, source, settings, session.console.progress, memory_bytes=memory)
+    stage = plan.quantize_stage(
+        session.store, source, settings, session.console.progress, memory_bytes=memory, deny=denied
+    )
     if not resume:
         session.store.forget(stage.action.key)
     delivery.deliver(runner.run(session.store, stage, session.console.progress))

@@ -25,6 +25,7 @@ def run(
     ] = None,
     builder: opt.Builder = None,
     sign_key: opt.SignKey = None,
+    deny_license: opt.DenyLicense = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -58,6 +59,7 @@ def run(
         why=explain,
         keep=keep,
         builder=opt.builder(builder),
+        deny=deny_license or (),
     )
     for step in result.steps:
         if step.name in folders and step.result is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmopt.cli import options as opt
-from llmopt.cli import store_exchange, store_trust
+from llmopt.cli import store_exchange, store_tools, store_trust
 from llmopt.cli.references import resolve
 from llmopt.cli.tables import table
 from llmopt.errors import CorruptError, Exit
@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="store",
-    help="The artifacts: list, show, compare, verify, sign, name, copy, send, fetch and remove them.
-
-"
+    help="The artifacts: list, show, compare, verify, sign, name, copy, send, fetch and remove them.\n\n"
     "An ARTIFACT is an id, its first 8 digits or more, or a name.",
 )
 
+app.command("diff")(store_tools.diff)
 Artifact = Annotated[str, opt.argument(metavar="ARTIFACT")]
 
 
@@ -41,14 +40,18 @@ def list_artifacts(
     import time
 
     from llmopt.artifacts.disk import byte_size
+    from llmopt.pipeline.explain import distinct_results
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     names = _names(session.store)
     found = session.store.ls()
+    results = {manifest.id: len(distinct_results(session.store, manifest.action)) for manifest, _ in found}
     rows = [["ARTIFACT", "KIND", "MADE BY", "NAMES", "STORED", "SIZE"]]
     for manifest, created_s in found:
         stored = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_s))
         operation = manifest.action.op if manifest.action else "-"
+        if results[manifest.id]:
+            operation += f" (1 of {results[manifest.id]} different results)"
         labels = " ".join(names.get(manifest.id, ["-"]))
         rows.append([manifest.id[:19], manifest.kind, operation, labels, stored, byte_size(manifest.size)])
     listed = [
@@ -60,6 +63,7 @@ def list_artifacts(
             "names": names.get(manifest.id, []),
             "bytes": manifest.size,
             "created": created_s,
+            "reproducible": not results[manifest.id],
         }
         for manifest, created_s in found
     ]
@@ -72,19 +76,33 @@ def list_artifacts(
 @app.command("show")
 def show(
     artifact: Artifact,
+    lineage: Annotated[
+        bool, opt.option("--lineage", help="All that it was made from, back to the checkpoint.")
+    ] = False,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
     """Show what ARTIFACT was made from, with what and by whom, and its files."""
+    from llmopt.pipeline.explain import distinct_results
+
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     manifest = session.store.get(resolve(session.store, artifact))
+    if lineage:
+        from llmopt.pipeline.lineage import tree
+
+        node = tree(session.store, manifest.id)
+        session.console.result("\n".join(store_tools.tree_lines(node)), {"artifact": manifest.id, "lineage": node})
+        return
+    results = distinct_results(session.store, manifest.action)
     value = {
         "artifact": manifest.id,
         "names": _names(session.store).get(manifest.id, []),
         "manifest": loads(manifest.to_bytes()),
         "attestations": session.store.attestations(manifest.id),
+        "reproducible": not results,
+        "results": list(results),
         "worst_linears": _worst_linears(session, manifest),
     }
     session.console.result("\n".join(_lines(manifest, value)), value)
@@ -170,6 +188,9 @@ def _lines(manifest: Manifest, value: Mapping[str, Any]) -> Iterator[str]:
         for part in ("inputs", "settings", "deps", "target"):
             yield from (f"{part:<9} {name}: {item}" for name, item in sorted(getattr(action, part).items()))
         yield f"code      {action.code}"
+    if value["results"]:
+        yield "results   not reproducible: the same action has given these"
+        yield from (f"result    {artifact}" for artifact in value["results"])
     yield from (f"metric    {name}: {figure}" for name, figure in manifest.metrics.items())
     yield from (f"event     {event}" for event in manifest.events)
     for linear in value["worst_linears"]:

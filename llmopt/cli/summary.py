@@ -23,7 +23,9 @@ def text(run: Run) -> str:
     if run.step("quantize") is None:
         figures = [row[:2] for row in figures]
     notes = [prepared.text(result, prepared.about(result)) for result in _prepared(run)]
-    return "\n\n".join([*([table(figures)] if len(figures) > 1 else []), _artifacts(run.steps), *notes])
+    twice = "\n".join(_not_reproducible(run.steps))
+    tables = [*([table(figures)] if len(figures) > 1 else []), _artifacts(run.steps)]
+    return "\n\n".join([*tables, *([twice] if twice else []), *notes])
 
 
 #: Metrics of a quantized model that `quantized` shows.
@@ -55,7 +57,18 @@ def planned(run: Run) -> str:
             state = f"unknown until `{step.waits_for}` has run"
         lines.append([step.name, step.op or "", (step.key or "")[:12], state])
         blocks += [f"{step.name} is not in the store:", *(f"  {line}" for line in step.differs)] if step.differs else []
+    blocks += _not_reproducible(run.steps)
     return "\n".join([table(lines, left=4), *([""] if blocks else []), *blocks])
+
+
+def _not_reproducible(steps: Sequence[Step]) -> list[str]:
+    """All results of each action that has given several; the last is the one that was taken."""
+    found = [step for step in steps if step.results]
+    return [
+        line
+        for step in found
+        for line in (f"{step.name} is not reproducible:", *(f"  {artifact}" for artifact in step.results))
+    ]
 
 
 #: What a pipeline is for, the first that it has: `--json` says that of its run.

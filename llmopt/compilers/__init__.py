@@ -25,7 +25,7 @@ TARGETS: Mapping[str, str] = {
 }
 DEFAULT_TARGET = "openvino"
 
-OP_VERSION = 1
+OP_VERSION = 2
 
 
 def resolve(settings: Mapping[str, Any]) -> Target:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ STORAGE: Mapping[str, type[np.generic]] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F8_E4M3": np.uint8,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+#: Ends of the names of weights that are pickles.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -174,9 +177,13 @@ def _shards(path: Path) -> dict[Path, list[str]]:
     if single.is_file():
         return {single: []}
     if not index.is_file():
-        other = sorted(p.name for p in path.glob("*.bin")) or sorted(p.name for p in path.glob("*.pt"))
-        hint = "convert the pickled weights to safetensors first" if other else "is the download complete?"
-        raise LlmoptError(f"no `model.safetensors` and no `model.safetensors.index.json` in `{path}`", hint=hint)
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        if pickled:
+            raise _pickled(path, f"`{path}` has its weights only as `{pickled[0]}`")
+        raise LlmoptError(
+            f"no `model.safetensors` and no `model.safetensors.index.json` in `{path}`",
+            hint="is the download complete?",
+        )
     weight_map = _read_json(index, hint="download it again").get("weight_map")
     if not isinstance(weight_map, dict):
         raise LlmoptError(f"`{index}` has no `weight_map`", hint="download it again")
@@ -184,8 +191,26 @@ def _shards(path: Path) -> dict[Path, list[str]]:
     for name, file in weight_map.items():
         if Path(file).name != file:
             raise LlmoptError(f"`{index}` names the file `{file}` outside its folder")
+        if Path(file).suffix in PICKLES:
+            raise _pickled(path, f"`{index}` names `{file}`")
         shards.setdefault(path / file, []).append(name)
     return shards
+
+
+def _pickled(path: Path, message: str) -> LlmoptError:
+    return LlmoptError(
+        f"{message}, a pickle: it can hold code, and llmopt loads none",
+        hint=unpickling(str(path), f"{path}-safetensors"),
+    )
+
+
+def unpickling(source: str, made: str) -> str:
+    """The command that makes safetensors of pickled weights; transformers takes nothing but tensors from them."""
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; a, b = sys.argv[1:]; "
+        "M.from_pretrained(a, dtype='auto').save_pretrained(b); T.from_pretrained(a).save_pretrained(b)"
+    )
+    return f'convert them once: `python -c "{script}" {shlex.quote(source)} {shlex.quote(made)}`'
 
 
 def _add_quantization(path: Path, config: dict[str, Any]) -> None:

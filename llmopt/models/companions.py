@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmopt.artifacts import licenses
 from llmopt.errors import LlmoptError
 
 COMPANIONS = (
@@ -20,17 +21,24 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
 )
+#: Beginnings of the names of those that a licence asks to go along; they are in the digest of a model.
+_LICENCES = licenses.FILES + licenses.NOTICES
+
+
+def companions(folder: Path) -> list[str]:
+    """The names of those that a folder has."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if (file.name in COMPANIONS or file.name.startswith(_LICENCES)) and file.is_file()
+    )
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the tokenizer, templates and licence that go with the weights."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    """Copy the tokenizer, templates and licences that go with the weights."""
+    for name in companions(source):
+        shutil.copyfile(source / name, out / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -46,8 +46,9 @@ class Facts:
         model_type = values.get("model_type")
         family = FAMILIES.get(str(model_type))
         if family is None:
+            own = "its own code (`auto_map`) is never run, whoever trusts it; " if values.get("auto_map") else ""
             raise LlmoptError(
-                f"the model type `{model_type}` is not supported", hint=nearest(str(model_type), FAMILIES)
+                f"the model type `{model_type}` is not supported", hint=own + nearest(str(model_type), FAMILIES)
             )
         for key, allowed in family.requires.items():
             if key in values and values[key] not in allowed:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from llmopt.artifacts.manifest import Action
 from llmopt.artifacts.outcome import Json, Progress
-from llmopt.errors import BackendMissingError, LlmoptError, SettingsError
+from llmopt.errors import LlmoptError, SettingsError
 from llmopt.pipeline import machine, provenance
 from llmopt.pipeline.inputs import Input
+from llmopt.pipeline.reproduce import bfloat16
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
@@ -67,10 +68,7 @@ def check_quantized(
     number = secrets.randbelow(layers) if block is None else block
     if not 0 <= number < layers:
         raise SettingsError(f"there is no block {number}", hint=f"the model has the blocks 0 to {layers - 1}")
-    bfloat16 = action.target.get("products") == "bfloat16"
-    if bfloat16 and not machine.has_bfloat16():
-        raise BackendMissingError("the artifact was made with BF16 products, which this machine lacks")
-    execution = quantizers.Execution(bfloat16=bfloat16, memory_bytes=memory_bytes)
+    execution = quantizers.Execution(bfloat16=bool(bfloat16(action)), memory_bytes=memory_bytes)
     progress(f"checking block {number} of {layers}")
     with store.stage() as scratch:
         differing = quantizers.check_block(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llmopt.pipeline.history import OPERATIONS
+
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Action
     from llmopt.artifacts.store import Store
@@ -13,6 +15,17 @@ if TYPE_CHECKING:
 def explain(store: Store, action: Action) -> tuple[str, ...]:
     """One line a field, as `settings.bits: 4 -> 3`; or that the store has no such operation at all."""
     return nearest_difference(action, store.actions(action.op))
+
+
+def distinct_results(store: Store, action: Action | None) -> tuple[str, ...]:
+    """The ids of an action's results where they are several, which says that it is not reproducible; else none.
+
+    A measurement is meant to give another result each time.
+    """
+    if action is None or action.op in OPERATIONS:
+        return ()
+    results = store.results(action.key)
+    return tuple(results) if len(results) > 1 else ()
 
 
 def nearest_difference(action: Action, stored: Iterable[Action]) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmopt.artifacts import licenses
 from llmopt.artifacts.digest import is_read
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.manifest import FileEntry
@@ -77,8 +78,12 @@ class Snapshot:
     files: tuple[str, ...]
 
 
-def fetch_model(reference: Reference, progress: Progress) -> Snapshot:
-    """A checkpoint: config, tokenizer, templates, licence, and the safetensors that the index names."""
+def fetch_model(reference: Reference, progress: Progress, *, accept: Callable[[Path], None] | None = None) -> Snapshot:
+    """A checkpoint: config, tokenizer, templates, licence, and the safetensors that the index names.
+
+    Its card comes along for the licence that it states, and is no part of it, nor is it missed. `accept` is called with
+    the folder before the weights are in it, and may raise.
+    """
     repository = _Repository.open(reference, progress)
     names = [name for name in repository.sizes if is_read(name, "model") and not name.endswith(".safetensors")]
     single, index = "model.safetensors", "model.safetensors.index.json"
@@ -86,11 +91,15 @@ def fetch_model(reference: Reference, progress: Progress) -> Snapshot:
         raise _no_weights(repository, single)
     if "config.json" not in names:
         raise repository.lacks("`config.json`", "is it an adapter? give the model it was made for")
-    repository.fetch(names)
+    repository.fetch(names, beside=repository.card)
+    if accept is not None:
+        accept(repository.folder)
     if single in repository.sizes:
         shards = [single]
     else:
         shards = _shards(repository.folder / index)
+        if any(not name.endswith(".safetensors") for name in shards):
+            raise _no_weights(repository, single)
         missing = [name for name in shards if name not in repository.sizes]
         if missing:
             raise repository.lacks(f"`{missing[0]}`, which its index names", "is its upload complete?")
@@ -116,7 +125,7 @@ def fetch_adapter(reference: Reference, progress: Progress) -> Snapshot:
         raise repository.lacks(f"`{config}`", "give the adapter, not the model it was made for")
     if weights not in repository.sizes:
         raise _no_weights(repository, weights)
-    return repository.fetch(ADAPTER_FILES)
+    return repository.fetch(ADAPTER_FILES, beside=repository.licences)
 
 
 def fetch_dataset(reference: Reference, progress: Progress) -> Snapshot:
@@ -130,7 +139,7 @@ def fetch_dataset(reference: Reference, progress: Progress) -> Snapshot:
             break
         names.append(name)
         total += repository.sizes[name] or 0
-    return repository.fetch(names)
+    return repository.fetch(names, beside=repository.licences)
 
 
 def check(snapshot: Snapshot, entries: Iterable[FileEntry]) -> None:
@@ -202,9 +211,19 @@ class _Repository:
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         return cls(reference, commit, sizes, folder, [], progress, True)
 
-    def fetch(self, names: Sequence[str]) -> Snapshot:
-        """Bring these files into the cache as far as they are not; whole, or an error."""
-        wanted = [name for name in names if not (self.folder / name).exists()]
+    @property
+    def card(self) -> tuple[str, ...]:
+        return (licenses.CARD,) if licenses.CARD in self.sizes else ()
+
+    @property
+    def licences(self) -> tuple[str, ...]:
+        """The card and the licence files, of what is no model, in which these are files like the others."""
+        found = (name for name in self.sizes if name.startswith(licenses.FILES + licenses.NOTICES) and "/" not in name)
+        return (*self.card, *found)
+
+    def fetch(self, names: Sequence[str], *, beside: Sequence[str] = ()) -> Snapshot:
+        """Bring these files into the cache as far as they are not; whole, or an error. Those `beside` do not count."""
+        wanted = [name for name in (*names, *beside) if not (self.folder / name).exists()]
         if wanted:
             self._check_space(wanted)
             total = sum(self.sizes[name] or 0 for name in wanted)
@@ -403,9 +422,14 @@ def _no_weights(repository: _Repository, wanted: str) -> LlmoptError:
     reference = repository.reference
     other = sorted(name for name in repository.sizes if name.endswith(_OTHER_WEIGHTS))
     if other:
+        from llmopt.models.checkpoint import PICKLES, unpickling
+
+        pickled = next((name for name in other if name.endswith(PICKLES)), None)
+        hint = "look for a repository with safetensors"
+        if pickled is not None and reference.kind == "model" and wanted.startswith("model"):
+            hint += f", or {unpickling(reference.name, reference.name.rpartition('/')[2])}"
         return LlmoptError(
-            f"`{reference}` has its weights only as `{other[0]}`, which llmopt does not read",
-            hint="look for a repository with safetensors, or convert it with the hub's `safetensors/convert` space",
+            f"`{reference}` has its weights only as `{pickled or other[0]}`, which llmopt does not read", hint=hint
         )
     return repository.lacks(f"`{wanted}`", "give a repository with safetensors weights")
 

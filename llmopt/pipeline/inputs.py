@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmopt.artifacts import licenses
 from llmopt.artifacts.digest import describe, describe_all
+from llmopt.artifacts.licenses import Stated
 from llmopt.artifacts.manifest import MANIFEST_NAME
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
@@ -26,6 +29,7 @@ _KINDS = {
     "report": "a report",
     "calibration": "a calibration set",
 }
+_TEXTS = ("text", "rows", "calibration", "tasks")
 #: Files of which every row is a text or a conversation; any other file is one text.
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
@@ -35,6 +39,7 @@ class Input:
     """`id` names the bytes under `path`, which were read to find or to check it; `label` is for people.
 
     `source` says where it was fetched from, if it was: `hf:org/name@<commit>`. `files` are those of a calibration text.
+    `stated` is what its card, its licence files or its manifest say of its licence.
     """
 
     id: str
@@ -44,6 +49,12 @@ class Input:
     label: str
     source: str | None = None
     files: tuple[Path, ...] = ()
+    stated: tuple[Stated, ...] = ()
+
+    @property
+    def license(self) -> str | None:
+        """As in a card (`apache-2.0`); several joined by ` AND `; None where none is stated."""
+        return licenses.join(stated.license for stated in self.stated)
 
 
 def resolve(store: Store, reference: str) -> Input:
@@ -57,17 +68,31 @@ def resolve(store: Store, reference: str) -> Input:
     artifact = store.resolve(reference) if "/" not in reference else None
     if artifact is None:
         raise _not_found(store, reference)
-    return _input(store.get(artifact), store.path(artifact), reference)
+    return stored(store, artifact, label=reference)
 
 
-def model(store: Store, reference: str, progress: Progress = silent) -> Input:
-    """As `resolve`; what is neither a folder nor in the store may be a model of the Hugging Face hub."""
+def stored(store: Store, artifact: str, *, label: str | None = None) -> Input:
+    """The artifact of a full id, its bytes checked."""
+    manifest, path = store.get(artifact), store.path(artifact)
+    return _input(manifest, path, label or artifact[:19], stated=_stated(manifest, path))
+
+
+def model(store: Store, reference: str, progress: Progress = silent, *, deny: Sequence[str] = ()) -> Input:
+    """As `resolve`; what is neither a folder nor in the store may be a model of the Hugging Face hub.
+
+    One whose licence `deny` names is refused, one of the hub before its weights are fetched.
+    """
     wanted = _of_hub(reference)
     if wanted is None:
-        return resolve(store, reference)
+        found = resolve(store, reference)
+        refuse_denied((found,), deny)
+        return found
     from llmopt.pipeline import hub
 
-    return _snapshot(hub.fetch_model(wanted, progress), "model", wanted)
+    def accept(folder: Path) -> None:
+        _refuse_denied(str(wanted), licenses.of_folder(folder), deny)
+
+    return _snapshot(hub.fetch_model(wanted, progress, accept=accept), "model", wanted)
 
 
 def adapter(reference: str, progress: Progress = silent) -> Input:
@@ -87,7 +112,8 @@ def adapter(reference: str, progress: Progress = silent) -> Input:
                 if pickled
                 else "give the folder that peft's `save_pretrained` wrote, or the hub's `ORG/NAME`",
             )
-    return _input(describe(folder, "adapter", only=hub.ADAPTER_FILES), folder, folder.resolve().name)
+    stated = licenses.of_folder(folder)
+    return _input(describe(folder, "adapter", only=hub.ADAPTER_FILES), folder, folder.resolve().name, stated=stated)
 
 
 def calibration(store: Store, reference: str, progress: Progress = silent) -> Input:
@@ -146,7 +172,12 @@ def report(store: Store, reference: str | None) -> Input | None:
 def product(result: StageResult) -> Input:
     """The input that a stage's result is for the next stage."""
     return Input(
-        id=result.artifact, path=Path(result.path), kind=result.kind, bytes=result.bytes, label=result.artifact[:19]
+        id=result.artifact,
+        path=Path(result.path),
+        kind=result.kind,
+        bytes=result.bytes,
+        label=result.artifact[:19],
+        stated=tuple(Stated(license, "its manifest") for license in licenses.split(result.license)),
     )
 
 
@@ -171,6 +202,39 @@ def tasks(folder: str | Path) -> Input:
     return _input(describe_all(path, "tasks"), path, path.resolve().name)
 
 
+def refuse_denied(given: Iterable[Input | None], patterns: Sequence[str]) -> None:
+    """Raise SettingsError for the first input whose licence a pattern of `--deny-license` names.
+
+    `unknown` is also a model, an adapter or a data set that states none; a user's own text cannot state one.
+    """
+    for source in given:
+        if source is not None and (source.stated or source.source or source.kind not in _TEXTS):
+            _refuse_denied(source.label, source.stated, patterns)
+
+
+def _refuse_denied(label: str, stated: Sequence[Stated], patterns: Sequence[str]) -> None:
+    if any(not pattern.strip() for pattern in patterns):
+        raise SettingsError("`--deny-license` is empty", hint="a licence or a pattern: `llama*`, `*-nc-*`, `unknown`")
+    found = licenses.denied(stated, patterns)
+    if found is None:
+        return
+    by, pattern = found
+    if by is None:
+        raise SettingsError(
+            f"`{label}` states no licence, which `--deny-license {pattern}` denies",
+            hint=f"`license:` in the front matter of its `{licenses.CARD}` states one, or a `LICENSE` beside it; what "
+            "llmopt makes has that of what it is made from",
+        )
+    raise SettingsError(
+        f"`{label}` has the licence `{by.license}` by {_named(by.where)}, which `--deny-license {pattern}` denies",
+        hint="use another one, or allow the licence",
+    )
+
+
+def _named(where: str) -> str:
+    return f"its card, `{where}`" if where == licenses.CARD else where if " " in where else f"its file `{where}`"
+
+
 def require(source: Input, command: str, *kinds: str) -> None:
     """Refuse an input that the command is not for."""
     if source.kind in kinds:
@@ -187,7 +251,13 @@ def _folder(path: Path) -> Input:
     """An engine without a manifest counts with the folders in it, which one for a GPU has."""
     kind = "engine" if (path / "engine.json").is_file() else "model"
     whole = kind == "engine" and not (path / MANIFEST_NAME).exists()
-    return _input((describe_all if whole else describe)(path, kind), path, path.resolve().name)
+    manifest = (describe_all if whole else describe)(path, kind)
+    return _input(manifest, path, path.resolve().name, stated=_stated(manifest, path))
+
+
+def _stated(manifest: Manifest, path: Path) -> tuple[Stated, ...]:
+    """By its manifest; where that does not say, by the licence files that came along, and by a user's folder's card."""
+    return licenses.of_manifest(manifest) or licenses.of_folder(path, card=manifest.action is None)
 
 
 def _of_hub(reference: str) -> Reference | None:
@@ -205,14 +275,28 @@ def _snapshot(snapshot: Snapshot, kind: str, reference: Reference) -> Input:
     found = describe(snapshot.folder, kind, only=snapshot.files)
     hub.check(snapshot, found.files)
     files = tuple(snapshot.folder / name for name in snapshot.files)
-    return _input(found, snapshot.folder, str(reference), source=snapshot.source, files=files)
+    stated = licenses.of_folder(snapshot.folder)
+    return _input(found, snapshot.folder, str(reference), source=snapshot.source, files=files, stated=stated)
 
 
 def _input(
-    manifest: Manifest, path: Path, label: str, *, source: str | None = None, files: tuple[Path, ...] = ()
+    manifest: Manifest,
+    path: Path,
+    label: str,
+    *,
+    source: str | None = None,
+    files: tuple[Path, ...] = (),
+    stated: tuple[Stated, ...] = (),
 ) -> Input:
     return Input(
-        id=manifest.id, path=path, kind=manifest.kind, bytes=manifest.size, label=label, source=source, files=files
+        id=manifest.id,
+        path=path,
+        kind=manifest.kind,
+        bytes=manifest.size,
+        label=label,
+        source=source,
+        files=files,
+        stated=stated,
     )
 
 

@@ -13,7 +13,7 @@ from llmopt import profiles
 from llmopt.artifacts.outcome import Json, Progress, within
 from llmopt.errors import BackendMissingError, SettingsError, nearest
 from llmopt.pipeline import inputs, runner, stages
-from llmopt.pipeline.explain import explain
+from llmopt.pipeline.explain import distinct_results, explain
 from llmopt.pipeline.inputs import Input
 from llmopt.pipeline.runner import Stage, StageResult
 
@@ -52,6 +52,7 @@ class Step:
     waits_for: str | None = None  # the step that makes that artifact
     result: StageResult | None = None
     differs: tuple[str, ...] = ()  # from the nearest stored action: why this one is not a hit
+    results: tuple[str, ...] = ()  # all that the same action has given, where they are several: not reproducible
 
     def to_json(self) -> dict[str, Json]:
         about: dict[str, Json] = {"stage": self.name, "op": self.op, "action": self.key, "cached": False}
@@ -59,6 +60,8 @@ class Step:
             about["waits_for"] = self.waits_for
         if self.differs:
             about["differs"] = list(self.differs)
+        if self.results:
+            about["results"] = list(self.results)
         return about | (self.result.to_json() if self.result else {})
 
 
@@ -119,17 +122,19 @@ def run(
     why: bool = False,
     keep: Callable[[str, Path], None] | None = None,
     builder: Builder | None = None,
+    deny: Sequence[str] = (),
 ) -> Run:
     """Do every stage that the store has no result of, or with `dry_run` only say which those are.
 
     `why` finds out what separates a miss from what the store has. `keep` is that of `runner.execute`, called with the
-    step's name too. `builder` is what builds the engines of a staged target here.
+    step's name too. `builder` is what builds the engines of a staged target here. An input whose licence `deny` names
+    is refused before the first stage, whether or not what it would make is in the store.
     """
     for note in pipeline.notes:
         progress(note)
-    chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep, builder=builder)
+    chain = _Chain(store, progress, dry_run=dry_run, why=why, keep=keep, builder=builder, deny=deny)
     steps, sections = pipeline.steps, pipeline.sections
-    source = inputs.model(store, pipeline.model, progress)
+    source = inputs.model(store, pipeline.model, progress, deny=deny)
     base: Input | _Pending = source
     model = base
     engines: dict[str, Input | _Pending] = {}
@@ -193,10 +198,12 @@ def quantize_stage(
     progress: Progress,
     *,
     memory_bytes: int | None = None,
+    deny: Sequence[str] = (),
 ) -> Stage:
-    """The stage of `llmopt quantize`, once its calibration set is in the store."""
+    """The stage of `llmopt quantize`, once its calibration set is in the store; `deny` as in `run`."""
     calibration = stages.calibration_source(store, settings, progress)
     adapter = stages.adapter(settings, progress)
+    inputs.refuse_denied((source, adapter, calibration), deny)
     if calibration is not None and calibration.kind != "calibration":
         made = runner.run(store, stages.calibrate(source, calibration, settings, adapter=adapter), progress)
         calibration = inputs.product(made)
@@ -213,15 +220,17 @@ class _Chain:
         why: bool,
         keep: Callable[[str, Path], None] | None,
         builder: Builder | None,
+        deny: Sequence[str],
     ) -> None:
         self.steps: list[Step] = []
-        self._builder = builder
+        self._builder, self._deny = builder, deny
         self._store, self._progress, self._dry_run, self._why, self._keep = store, progress, dry_run, why, keep
 
     def quantize(self, source: Input, settings: Mapping[str, Any]) -> Input | _Pending:
         """Two steps where there is a text to calibrate on, else one."""
         texts = stages.calibration_source(self._store, settings, self._progress)
         adapter = stages.adapter(settings, self._progress)
+        inputs.refuse_denied((source, adapter, texts), self._deny)
         needs: list[Input | _Pending] = [source]
         if texts is not None and texts.kind == "calibration":
             needs.append(texts)
@@ -277,7 +286,9 @@ class _Chain:
                 self._progress(f"{name}: {line}")
             keep = None if self._keep is None else partial(self._keep, name)
             result = runner.execute(self._store, stage, within(self._progress, name, step=name), keep=keep)
-        return Step(name=name, op=op, key=key, differs=differs, result=result), inputs.product(result)
+        results = distinct_results(self._store, stage.action)
+        step = Step(name=name, op=op, key=key, differs=differs, result=result, results=results)
+        return step, inputs.product(result)
 
 
 def _read(reference: str) -> tuple[profiles.Profile, tuple[str, ...]]:

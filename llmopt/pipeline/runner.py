@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.artifacts import signing
+from llmopt.artifacts import licenses, signing
 from llmopt.artifacts.attestation import attest
 from llmopt.artifacts.manifest import Action, Manifest
 from llmopt.artifacts.outcome import Json, Outcome, Progress
@@ -38,7 +38,8 @@ class StageResult:
     """What a stage came to; its fields are those of `--json`.
 
     `path` is a folder of the store, to be read only. `seconds` is what this process spent on it, a look-up included.
-    `reproducible` is false once the same action has given two different results.
+    `license` is what it inherits from its inputs. `reproducible` is false once the same action has given two different
+    results.
     """
 
     artifact: str
@@ -51,6 +52,7 @@ class StageResult:
     seconds: float
     metrics: Mapping[str, Json]
     events: tuple[str, ...]
+    license: str | None
     reproducible: bool
 
     def to_json(self) -> dict[str, Json]:
@@ -137,5 +139,6 @@ def _result(
         seconds=round(time.monotonic() - start, 3),
         metrics=manifest.metrics,
         events=manifest.events,
+        license=licenses.join(stated.license for stated in licenses.of_manifest(manifest)),
         reproducible=len(results) < 2,
     )

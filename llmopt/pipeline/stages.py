@@ -78,7 +78,7 @@ def calibrate(model: Input, source: Input, settings: Mapping[str, Any], *, adapt
     assert isinstance(resolved, quantizers.QuantizeSettings)  # a conversion needs no calibration set
     own = _calibration_settings(model, source, settings, resolved)
     template = _template_id(model.path) if own.packing == "rows" else None
-    ids = {"tokenizer": _tokenizer_id(model.path), **_ids(data=source)} | (
+    ids = {"tokenizer": tokenizer_id(model.path), **_ids(data=source)} | (
         {} if template is None else {"chat_template": template}
     )
     base = None if adapter is None else adapter.path
@@ -132,7 +132,8 @@ def _calibration_settings(
     )
 
 
-def _tokenizer_id(model: Path) -> str:
+def tokenizer_id(model: Path) -> str:
+    """The digest of a model's tokenizer.json."""
     file = model / "tokenizer.json"
     if not file.is_file():
         raise LlmoptError(
@@ -158,10 +159,12 @@ def quantize(
     adapter: Input | None = None,
     *,
     memory_bytes: int | None = None,
+    bfloat16: bool | None = None,
 ) -> Stage:
     """A quantized model from a checkpoint and, for a method that needs one, a calibration set.
 
-    `memory_bytes` bounds what this process takes, and changes no bytes.
+    `memory_bytes` bounds what this process takes, and changes no bytes. `bfloat16` says whether products are of BF16
+    factors, by default where this machine is fast at it and the settings leave it to it.
     """
     from llmopt import quantizers
 
@@ -173,7 +176,8 @@ def quantize(
     inputs.require(model, "quantize", "model", "quantized-model")
     path = None if calibration is None else calibration.path
     merged = None if adapter is None else adapter.path
-    bfloat16 = resolved.needs_calibration and resolved.common.precision == "auto" and machine.has_bfloat16()
+    if bfloat16 is None:
+        bfloat16 = resolved.needs_calibration and resolved.common.precision == "auto" and machine.has_bfloat16()
     execution = quantizers.Execution(bfloat16=bfloat16, memory_bytes=memory_bytes)
     return Stage(
         kind="quantized-model",
@@ -451,12 +455,16 @@ def _serving() -> dict[str, str]:
 
 
 def _ids(**given: Input | None) -> dict[str, str]:
-    """The digests of the inputs; where one was fetched, also from where: `model_source` beside `model`."""
+    """The digests of the inputs; where one was fetched, also from where: `model_source` beside `model`.
+
+    So with its licence, where one is stated: `model_license`.
+    """
     found: dict[str, str] = {}
     for name, given_input in given.items():
         if given_input is not None:
+            more = {"source": given_input.source, "license": given_input.license}
             found[name] = given_input.id
-            found |= {} if given_input.source is None else {f"{name}_source": given_input.source}
+            found |= {f"{name}_{about}": said for about, said in more.items() if said is not None}
     return found
 
 

@@ -44,7 +44,7 @@ def to_json(settings: object) -> dict[str, Json]:
 
 
 def _plain(value: Any) -> Json:
-    """A mapping becomes pairs: its order counts here, and canonical JSON sorts the keys of an object.
+    """A mapping becomes pairs: the order of patterns counts, and canonical JSON sorts the keys of an object.
 
     Objects within it are `Json`, where order means nothing: they stay as they are, so that `build` reads them back.
     """
@@ -93,7 +93,7 @@ def _is_json(hint: Any) -> bool:
 def _json(value: Any, where: str) -> Json:
     """`value` as it is; SettingsError where JSON could not hold it, such as a date that YAML has read."""
     if isinstance(value, dict):
-        return {str(key): _json(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): _json(value[key], f"{where}.{key}") for key in sorted(value, key=str)}
     if isinstance(value, list):
         return [_json(item, where) for item in value]
     if value is not None and not isinstance(value, bool | int | float | str):
@@ -112,12 +112,17 @@ def _first_that_fits(value: Any, hints: list[Any], where: str) -> Any:
 
 
 def _mapping(value: Any, hint: Any, where: str) -> dict[str, Any]:
-    """From a mapping, or from the pairs that `to_json` makes of it."""
+    """From a mapping, or from the pairs that `to_json` makes of it.
+
+    In the order of their names: options of a program mean the same in any order, and so the same settings are the same
+    key and the same bytes. Patterns, whose values are dataclasses, stay in the order they are given in.
+    """
     try:
         items = dict(value)
     except (TypeError, ValueError):
         raise SettingsError(f"`{where}` must be a mapping, not `{value}`", hint="write `name: ...` below it") from None
-    return {str(key): _convert(item, hint, f"{where}.{key}") for key, item in items.items()}
+    found = {str(key): _convert(item, hint, f"{where}.{key}") for key, item in items.items()}
+    return found if dataclasses.is_dataclass(hint) else dict(sorted(found.items()))
 
 
 def _name(hint: type) -> str:

@@ -30,7 +30,7 @@ __all__ = [
     "resolve",
 ]
 
-OP_VERSION = 2
+OP_VERSION = 3
 
 
 def deps(settings: QuantizeSettings | ConvertSettings) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that Ceph and Swift need, where they are missing; `--missing` only names them.
+# Installs the Debian packages that the tests of stores need (Ceph, Swift; skopeo is a judge), where they are missing; `--missing` only names them.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
-for pair in radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd ceph:ceph-common memcached:memcached setpriv:util-linux; do
+for pair in radosgw:radosgw ceph-mon:ceph-mon ceph-osd:ceph-osd ceph:ceph-common memcached:memcached setpriv:util-linux skopeo:skopeo; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
 [ ${#missing[@]} = 0 ] && exit

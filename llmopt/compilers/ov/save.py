@@ -9,6 +9,7 @@ from pathlib import Path
 from llmopt.backends import load
 from llmopt.compilers.ov.constants import DECOMPRESSED, Node
 from llmopt.errors import LlmoptError
+from llmopt.models.companions import read_json
 
 ov, ov_tokenizers = load("openvino"), load("openvino_tokenizers")
 
@@ -35,13 +36,22 @@ def save(model: Node, file: Path) -> None:
 
 
 def save_tokenizer(model: Path, out: Path) -> None:
-    """Write the tokenizer of a checkpoint as two OpenVINO models, and as the tokenizer.json that servers read."""
+    """Write the tokenizer of a checkpoint as two OpenVINO models, and as the tokenizer.json that servers read.
+
+    Code that came with the checkpoint is not run: left to itself, transformers would ask on the terminal whether to.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         pair = ov_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever its parsers raise, it is this tokenizer that they cannot take
+        if read_json(model / "tokenizer_config.json").get("auto_map"):
+            raise LlmoptError(
+                f"the tokenizer of `{model}` is code of its own (`auto_map` in tokenizer_config.json), and llmopt runs "
+                "none that comes with a checkpoint, whoever trusts it",
+                hint="put a `tokenizer.json` beside the weights and take `auto_map` out of tokenizer_config.json",
+            ) from error
         raise LlmoptError(f"the tokenizer of `{model}` cannot be converted for OpenVINO: {error}") from error
     for converted, name in zip(pair, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
         save(converted, out / name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.compilers import deploy
 from llmopt.compilers.trt_llm.settings import Settings
-from llmopt.models.companions import COMPANIONS, copy_companions, write_json
+from llmopt.models.companions import companions, copy_companions, write_json
 
 if TYPE_CHECKING:
     from llmopt.compilers.trt_llm.build import Site
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: What of a prepared artifact goes with the engine: what serves it, never what else lies in the user's folder.
 _FOR_SERVING = (
     *("model", "deploy", "plan.json", "commands.json", "serve.yaml", "serve.sh", "health.sh", "config.json"),
-    *COMPANIONS,
 )
 
 
@@ -87,7 +86,7 @@ def build(site: Site, out: Path, progress: Progress) -> Outcome:
     log.unlink()
     if observed:
         byproducts["observed.json"] = json.dumps(observed, indent=2)
-    for name in _FOR_SERVING:
+    for name in (*_FOR_SERVING, *companions(prepared)):
         if (prepared / name).exists():
             _link(prepared / name, out / name)
     if (out / "engine").is_dir():

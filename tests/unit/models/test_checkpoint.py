@@ -107,12 +107,22 @@ def test_an_index_that_leaves_its_folder_is_refused(copy: Path) -> None:
         Checkpoint.open(copy)
 
 
-def test_pickled_weights_are_named_in_the_hint(copy: Path) -> None:
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(LlmoptError) as caught:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickled_weights_are_refused_with_the_command_that_converts_them(copy: Path, name: str) -> None:
+    (copy / "model.safetensors").rename(copy / name)
+    with pytest.raises(LlmoptError, match=f"only as `{name}`, a pickle") as caught:
         Checkpoint.open(copy)
     assert caught.value.hint is not None
-    assert "safetensors" in caught.value.hint
+    assert f"{copy} {copy}-safetensors`" in caught.value.hint
+
+
+def test_an_index_that_names_pickles_is_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    with pytest.raises(LlmoptError, match=r"names `pytorch_model\.bin`, a pickle") as caught:
+        Checkpoint.open(copy)
+    assert caught.value.hint is not None
+    assert "save_pretrained" in caught.value.hint
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "nonsense"])

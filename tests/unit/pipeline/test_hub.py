@@ -66,7 +66,8 @@ def test_references(text: str, expected: Reference | None) -> None:
 
 def test_only_what_stages_read_is_fetched(hub: Any, published: str, store: Store, tiny: Path) -> None:
     found = inputs.model(store, TINY)
-    assert sorted(hub.downloads()) == sorted([*files_of(tiny), "LICENSE"])
+    assert sorted(hub.downloads()) == sorted([*files_of(tiny), "LICENSE", "README.md"])
+    assert "README.md" not in {file.name for file in found.files}
     assert found.source == f"hf:{TINY}@{published}"
 
 
@@ -234,6 +235,15 @@ def test_a_model_without_safetensors_is_told_what_it_has(hub: Any, store: Store,
     error = refused(store)
     assert f"only as `{name}`" in error.message
     assert hub.downloads() == []
+
+
+def test_an_index_that_names_pickles_is_refused_and_none_is_fetched(hub: Any, store: Store) -> None:
+    index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}).encode()
+    hub.add(TINY, {"config.json": b"{}", "model.safetensors.index.json": index, "pytorch_model-1.bin": b"x"})
+    error = refused(store)
+    assert "only as `pytorch_model-1.bin`" in error.message
+    assert f"{TINY} tiny`" in str(error.hint)
+    assert "pytorch_model-1.bin" not in hub.downloads()
 
 
 def test_an_adapter_is_not_a_model(hub: Any, store: Store) -> None:
