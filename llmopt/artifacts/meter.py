@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from llmopt.artifacts.disk import byte_size
-from llmopt.artifacts.outcome import Progress
-
-if TYPE_CHECKING:
-    from llmopt.artifacts.transfer import Moved
+from llmopt.artifacts.outcome import Json, Progress
 
 _WATCHED_S, _SAID_S = 0.5, 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Moved:
+    """What a transfer came to: payload bytes and files that went over the wire, of those of the artifact."""
+
+    files: int
+    bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Json]:
+        return {"files": self.files, "bytes": self.bytes, "seconds": self.seconds}
 
 
 class Meter:
@@ -49,8 +58,6 @@ class Meter:
         self._progress(f"{self._what}: `{what}` came damaged, and is fetched again")
 
     def end(self) -> Moved:
-        from llmopt.artifacts.transfer import Moved
-
         seconds = time.monotonic() - self._start
         if self._moved:
             rate = byte_size(int(self._moved / max(seconds, 1e-9)))

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmopt.artifacts import disk
 from llmopt.artifacts.digest import same_bytes
@@ -73,7 +73,7 @@ def _raw(layout: Layout, layer: Descriptor, target: Path) -> Part:
 def _untar(layer: Descriptor, kind: str, blob: Blob, into: Path, parts: list[Part]) -> None:
     most_bytes = layer.size if kind == "tar" else layer.size * _MAX_RATIO + _SLACK_BYTES
     try:
-        with tarfile.open(fileobj=_Limited(_unpacked(kind, blob), most_bytes, layer), mode="r|") as archive:
+        with tarfile.open(fileobj=cast(Any, _Limited(_unpacked(kind, blob), most_bytes, layer)), mode="r|") as archive:
             for count, member in enumerate(archive, 1):
                 if count > _MAX_FILES:
                     raise CorruptError(f"there are more than {_MAX_FILES} files in `{layer.digest}`", hint=_NO_MODEL)

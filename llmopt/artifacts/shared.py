@@ -74,7 +74,7 @@ class SharedStore(Store):
     ) -> None:
         super().__init__(root, verify_full=verify_full)
         self.remote = remote
-        self._own, self._push, self._trust, self._cache_bytes = own, push, tuple(trust), cache_bytes
+        self.own, self._push, self._trust, self._cache_bytes = own, push, tuple(trust), cache_bytes
         self._progress = progress
         self._lost = False  # a cache that does not answer is not asked again
         if own:
@@ -94,19 +94,14 @@ class SharedStore(Store):
         self._send(artifact)
 
     def set_name(self, name: str, artifact: str) -> None:
-        if not self._own:
+        if not self.own:
             super().set_name(name, artifact)
             return
         layout.check_name(name)
         if not self.remote.has(artifact):
             self.send(artifact)
-        before = self.remote.set_name(name, artifact)
-        if before is not None:
-            self._progress(f"the name `{name}` stood for {before[:19]} until now")
-        if not self.remote.objects.swaps:
-            self._progress(
-                f"`{self.remote.url}` cannot compare and swap: had another moved `{name}` just now, the last would win"
-            )
+        for line in told_of_name(self.remote, name, self.remote.set_name(name, artifact)):
+            self._progress(line)
 
     # -- finding
 
@@ -126,7 +121,7 @@ class SharedStore(Store):
 
     def results(self, key: str) -> list[str]:
         here = super().results(key)
-        there = self._ask(lambda: self.remote.results(key), []) if self._own or self._push else []
+        there = self._ask(lambda: self.remote.results(key), []) if self.own or self._push else []
         return [*(artifact for artifact in there if artifact not in here), *here]
 
     def actions(self, op: str) -> Iterator[Action]:
@@ -134,7 +129,7 @@ class SharedStore(Store):
         for action in super().actions(op):
             seen.add(action.key)
             yield action
-        if self._own:
+        if self.own:
             for manifest, _ in self.ls():
                 if manifest.action is not None and manifest.action.op == op and manifest.action.key not in seen:
                     seen.add(manifest.action.key)
@@ -148,7 +143,7 @@ class SharedStore(Store):
 
     def statements(self, artifact: str) -> list[dict[str, Json]]:
         here = super().statements(artifact)
-        there = self._ask(lambda: self.remote.statements(artifact), []) if self._own else []
+        there = self._ask(lambda: self.remote.statements(artifact), []) if self.own else []
         return [*here, *(statement for statement in there if statement not in here)]
 
     def read(self, manifest: Manifest, path: str) -> bytes | None:
@@ -163,10 +158,10 @@ class SharedStore(Store):
         return data
 
     def ids(self) -> list[str]:
-        return list(self.remote.listed()) if self._own else super().ids()
+        return list(self.remote.listed()) if self.own else super().ids()
 
     def ls(self) -> list[tuple[Manifest, float]]:
-        if not self._own:
+        if not self.own:
             return super().ls()
         from concurrent.futures import ThreadPoolExecutor
 
@@ -183,10 +178,10 @@ class SharedStore(Store):
             return [(manifest, each.modified_s) for manifest, (_, each) in found if manifest is not None]
 
     def names(self) -> dict[str, str]:
-        return self.remote.names() if self._own else super().names()
+        return self.remote.names() if self.own else super().names()
 
     def resolve(self, reference: str) -> str | None:
-        here = None if self._own else super().resolve(reference)
+        here = None if self.own else super().resolve(reference)
         if here is not None:
             return here
         if is_abbreviated(reference):
@@ -269,7 +264,7 @@ class SharedStore(Store):
         except CorruptError:
             raise
         except LlmoptError as error:
-            if self._own:
+            if self.own:
                 raise
             self._lost = True
             self._progress(f"going on without the shared cache `{self.remote.url}`: {error.message}")
@@ -277,11 +272,19 @@ class SharedStore(Store):
 
     def _evict(self, newest: str) -> None:
         """Of a cache that got too large, remove what was used longest ago, is in the store and in use by nobody."""
-        if self._cache_bytes is None or not self._own:
+        if self._cache_bytes is None or not self.own:
             return
         from llmopt.artifacts.local import evict
 
         evict(self, self._cache_bytes, self.remote, self._progress, keep=(newest,))
+
+
+def told_of_name(remote: Remote, name: str, before: str | None) -> Iterator[str]:
+    """What a user should know of a name that has just been moved."""
+    if before is not None:
+        yield f"the name `{name}` stood for {before[:19]} until now"
+    if not remote.objects.swaps:
+        yield f"`{remote.url}` cannot compare and swap: had another moved `{name}` just now, the last would win"
 
 
 def trusted_keys(text: str | None) -> tuple[PublicKey, ...]:

@@ -212,7 +212,7 @@ class Store:
         """The manifest of a full id; CorruptError if it is not the one that the id names. Its files are not read."""
         manifest = self._load(artifact)
         if manifest is None:
-            raise LlmoptError(f"no artifact `{artifact}` in the store `{self.root}`", hint="see `llmopt store ls`")
+            raise LlmoptError(f"no artifact `{artifact}` in the store `{self.url}`", hint="see `llmopt store ls`")
         return manifest
 
     def attestations(self, artifact: str) -> list[dict[str, Json]]:

@@ -132,6 +132,9 @@ def bench(
     ] = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -150,7 +153,17 @@ def bench(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     delivery = Delivery(session, out=out, name=name, anew=True)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
     subjects = {"candidate": _subject(session.store, subject)}

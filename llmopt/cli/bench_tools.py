@@ -62,6 +62,9 @@ def calibrate(
     name: opt.Name = None,
     out: opt.Out = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -79,7 +82,17 @@ def calibrate(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     if rounds < LEAST_ROUNDS:
         raise SettingsError(f"{rounds} rounds tell no noise", hint=f"give `--rounds` of {LEAST_ROUNDS} at the least")
     delivery = Delivery(session, out=out, name=name, anew=True)
@@ -169,6 +182,9 @@ def import_(
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -185,7 +201,9 @@ def import_(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store, json=json, quiet=quiet, verbose=verbose, sign_key=sign_key, remote=remote, push=push, verify=verify
+    )
     delivery = Delivery(session, out=out, name=name)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
     given: Mapping[str, Any] = {

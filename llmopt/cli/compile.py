@@ -92,6 +92,9 @@ def compile_(
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -106,7 +109,17 @@ def compile_(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, plan
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     given = {
         "target": target,
         "aot": aot,

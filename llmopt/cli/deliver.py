@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts.disk import byte_size
 from llmopt.artifacts.export import check_out
 from llmopt.artifacts.layout import check_name
+from llmopt.artifacts.objects import is_s3
 from llmopt.artifacts.outcome import Json, Progress
 from llmopt.cli import prepared, summary
 
 if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
     from llmopt.cli.options import Session
     from llmopt.pipeline.runner import StageResult
 
@@ -23,9 +25,9 @@ class Delivery:
     def __init__(self, session: Session, *, out: str | None, name: str | None, anew: bool = False) -> None:
         """`anew`: the work gives a new artifact each time, as a measurement does."""
         self._session, self._name = session, name
-        self._out = None if out is None else Path(out)
-        if self._out is not None:
-            check_out(self._out, anew=anew)
+        self._out = out
+        if out is not None:
+            check_destination(out, anew=anew)
         if name is not None:
             check_name(name)
 
@@ -41,14 +43,35 @@ class Delivery:
         if self._name is not None:
             store.set_name(self._name, result.artifact)
         if self._out is not None:
-            store.export(result.artifact, self._out)
+            copy_to(store, result.artifact, self._out, self._session.console.progress)
         self._session.console.result(
             "\n".join(_lines(result, self._name, figures)), {**result.to_json(), **(more or {})}
         )
 
     def keep(self, staged: Path) -> None:
         """What a measurement that ended early has written goes to `--out`, or into a temporary folder."""
-        keep_report(staged, self._out, self._session.console.progress)
+        folder = None if self._out is None or is_s3(self._out) else Path(self._out)
+        keep_report(staged, folder, self._session.console.progress)
+
+
+def check_destination(out: str, *, anew: bool = False) -> None:
+    """Refuse, before any work, a folder or a prefix of a bucket that an artifact could not be copied to."""
+    if is_s3(out):
+        from llmopt.artifacts import plain
+
+        plain.check_out(out)
+    else:
+        check_out(Path(out), anew=anew)
+
+
+def copy_to(store: Store, artifact: str, out: str, progress: Progress) -> None:
+    """To a folder, or file by file to a prefix of a bucket, without a copy on this disk."""
+    if is_s3(out):
+        from llmopt.artifacts import plain
+
+        plain.write(store, artifact, out, progress)
+    else:
+        store.export(artifact, Path(out))
 
 
 def keep_report(staged: Path, out: Path | None, progress: Progress) -> None:

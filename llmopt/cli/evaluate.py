@@ -36,6 +36,9 @@ def evaluate(
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -49,7 +52,17 @@ def evaluate(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, runner, stages
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     delivery = Delivery(session, out=out, name=name)
     base = None if against is None else inputs.model(session.store, against, session.console.progress)
     settings = opt.settings(

@@ -6,6 +6,7 @@ and at last the stage's own default can speak.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,9 @@ argument = partial(typer.Argument, hidden=True)
 Profile = Annotated[
     str | None, option("--profile", metavar="P", help="Settings to start from: a shipped profile, or a YAML file.")
 ]
-Out = Annotated[str | None, option("--out", metavar="DIR", help="Also copy the artifact into this folder.")]
+Out = Annotated[
+    str | None, option("--out", metavar="DIR", help="Also copy the artifact into this folder or s3://BUCKET/PREFIX.")
+]
 Name = Annotated[str | None, option("--name", metavar="NAME", help="Also give the artifact this name in the store.")]
 Builder = Annotated[
     str | None,
@@ -52,10 +55,30 @@ SignKey = Annotated[
     option("--sign-key", envvar="LLMOPT_SIGN_KEY", metavar="FILE", help="Sign what is made with this private key."),
 ]
 
+#: Of the commands that use or make artifacts.
+Remote = Annotated[
+    str | None,
+    option(
+        "--remote", envvar="LLMOPT_REMOTE", metavar="URL", help="Look in this store too: s3://BUCKET/PREFIX or DIR."
+    ),
+]
+Push = Annotated[
+    bool, option("--push/--no-push", envvar="LLMOPT_PUSH", help="Send what is made to the --remote as well.")
+]
+Verify = Annotated[
+    str | None,
+    option(
+        "--verify",
+        envvar="LLMOPT_VERIFY",
+        metavar="HOW",
+        help="stat: read only what has changed since; full: all.",
+    ),
+]
+
 # Every command has these (but for --json-lines), and makes its session of them.
 StoreFolder = Annotated[
     str | None,
-    option("--store", envvar="LLMOPT_STORE", metavar="DIR", help="The artifacts [default: the user data folder]."),
+    option("--store", envvar="LLMOPT_STORE", metavar="URL", help="The artifacts: a folder or s3://BUCKET/PREFIX."),
 ]
 Json = Annotated[bool, option("--json", help="Print the result as one JSON object.")]
 #: Of the commands that say what they are doing.
@@ -73,12 +96,30 @@ class Session:
     console: Console
     store_location: str | None
     signer: SigningKey | None = None
+    remote: str | None = None
+    push: bool = False
+    verify: str | None = None
 
     @cached_property
     def store(self) -> Store:
-        from llmopt.artifacts.store import Store
+        """Opened when first asked for, with what the environment says of trust and of the cache on this disk."""
+        location = self.store_location or os.environ.get("LLMOPT_STORE") or None
+        if self.remote is None and not (location or "").startswith("s3://"):
+            from llmopt.artifacts.store import Store
 
-        store = Store.open(self.store_location)
+            store = Store(Store.open(location).root, verify_full=self.verify == "full")
+        else:
+            from llmopt.artifacts.shared import open_store, trusted_keys
+
+            store = open_store(
+                location,
+                remote=self.remote,
+                push=self.push,
+                trust=trusted_keys(os.environ.get("LLMOPT_TRUST")),
+                cache_bytes=byte_size("LLMOPT_CACHE_SIZE", os.environ.get("LLMOPT_CACHE_SIZE") or None),
+                verify_full=self.verify == "full",
+                progress=self.console.progress,
+            )
         store.signer = self.signer
         return store
 
@@ -91,16 +132,24 @@ def session(
     verbose: bool,
     json_lines: bool = False,
     sign_key: str | None = None,
+    remote: str | None = None,
+    push: bool = False,
+    verify: str | None = None,
 ) -> Session:
     """The first thing in a command: from here on, errors too are told as these flags ask. A key is read at once."""
     console = start(as_json=json, as_lines=json_lines, quiet=quiet, verbose=verbose)
     if json and json_lines:
         raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
-    if sign_key is None:
-        return Session(console, store)
-    from llmopt.artifacts.keys import read_private
+    if verify not in (None, "stat", "full"):
+        raise SettingsError(f"`--verify` cannot be `{verify}`", hint="`stat` or `full`")
+    if push and remote is None:
+        raise SettingsError("`--push` needs to know where to", hint="`--remote s3://BUCKET/PREFIX`")
+    signer = None
+    if sign_key is not None:
+        from llmopt.artifacts.keys import read_private
 
-    return Session(console, store, read_private(sign_key))
+        signer = read_private(sign_key)
+    return Session(console, store, signer, remote, push, verify)
 
 
 def settings(profile: str | None, section: str, **options: Any) -> dict[str, Any]:
@@ -138,6 +187,18 @@ def builder(text: str | None, *, timeout_s: float | None = None, timing_cache: s
 
     cache = None if timing_cache is None else Path(timing_cache)
     return replace(Builder.parse(text), timeout_s=timeout_s or TIMEOUT_S, timing_cache=cache)
+
+
+def duration(flag: str, text: str) -> float:
+    """`90s`, `30m`, `12h` or `14d`, the value of `flag`, in seconds."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise SettingsError(f"`{flag} {text}` is not a length of time", hint=f"for example `{flag} 14d`")
+    return seconds
 
 
 def integers(flag: str, text: str | None) -> list[int] | None:

@@ -121,6 +121,9 @@ def quantize(
     out: opt.Out = None,
     name: opt.Name = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     json_lines: opt.JsonLines = False,
@@ -134,7 +137,17 @@ def quantize(
     from llmopt.cli.deliver import Delivery
     from llmopt.pipeline import inputs, plan, runner
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     delivery = Delivery(session, out=out, name=name)
     denied = deny_license or ()
     source = inputs.model(session.store, model, session.console.progress, deny=denied)

@@ -16,5 +16,5 @@ def resolve(store: Store, reference: str) -> str:
     if found is None:
         names = store.names()
         hint = nearest(reference, names) if names else "`llmopt store ls` lists the artifacts"
-        raise LlmoptError(f"no artifact `{reference}` in the store `{store.root}`", hint=hint)
+        raise LlmoptError(f"no artifact `{reference}` in the store `{store.url}`", hint=hint)
     return found

@@ -25,6 +25,9 @@ def run(
     ] = None,
     builder: opt.Builder = None,
     sign_key: opt.SignKey = None,
+    remote: opt.Remote = None,
+    push: opt.Push = False,
+    verify: opt.Verify = None,
     deny_license: opt.DenyLicense = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
@@ -37,19 +40,30 @@ def run(
 
     Only what the store does not have is done.
     """
-    from llmopt.artifacts.export import check_out
+    from llmopt.artifacts.objects import is_s3
     from llmopt.cli import summary
-    from llmopt.cli.deliver import keep_report
+    from llmopt.cli.deliver import check_destination, copy_to, keep_report
     from llmopt.pipeline import plan
 
-    session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose, sign_key=sign_key)
+    session = opt.session(
+        store,
+        json=json,
+        json_lines=json_lines,
+        quiet=quiet,
+        verbose=verbose,
+        sign_key=sign_key,
+        remote=remote,
+        push=push,
+        verify=verify,
+    )
     wanted = plan.load(pipeline, overrides or ())
-    folders = {} if out is None or dry_run else {name: Path(out) / name for name in wanted.steps}
+    folders = {} if out is None or dry_run else {name: f"{out.rstrip('/')}/{name}" for name in wanted.steps}
     for folder in folders.values():
-        check_out(folder)
+        check_destination(folder)
 
     def keep(step: str, staged: Path) -> None:
-        keep_report(staged, folders.get(step), session.console.progress)
+        folder = folders.get(step)
+        keep_report(staged, None if folder is None or is_s3(folder) else Path(folder), session.console.progress)
 
     result = plan.run(
         session.store,
@@ -63,6 +77,6 @@ def run(
     )
     for step in result.steps:
         if step.name in folders and step.result is not None:
-            session.store.export(step.result.artifact, folders[step.name])
+            copy_to(session.store, step.result.artifact, folders[step.name], session.console.progress)
     session.console.result(summary.planned(result) if dry_run else summary.text(result), summary.value(result))
     return int(Exit.OK) if dry_run else summary.exit_code(result)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmopt.cli import options as opt
-from llmopt.cli import store_exchange, store_tools, store_trust
+from llmopt.cli import store_exchange, store_remote, store_tools, store_trust
 from llmopt.cli.references import resolve
 from llmopt.cli.tables import table
 from llmopt.errors import CorruptError, Exit
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
+    from llmopt.artifacts.remote import Remote
     from llmopt.artifacts.store import Store
 
 
@@ -40,12 +41,12 @@ def list_artifacts(
     import time
 
     from llmopt.artifacts.disk import byte_size
-    from llmopt.pipeline.explain import distinct_results
+    from llmopt.pipeline.explain import different_results
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     names = _names(session.store)
     found = session.store.ls()
-    results = {manifest.id: len(distinct_results(session.store, manifest.action)) for manifest, _ in found}
+    results = different_results(manifest for manifest, _ in found)
     rows = [["ARTIFACT", "KIND", "MADE BY", "NAMES", "STORED", "SIZE"]]
     for manifest, created_s in found:
         stored = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_s))
@@ -70,7 +71,7 @@ def list_artifacts(
     unlisted = len(session.store.ids()) - len(found)
     if unlisted:
         session.console.progress(f"{unlisted} damaged and not listed: see `llmopt store verify`")
-    session.console.result(table(rows, left=5), {"store": str(session.store.root), "artifacts": listed})
+    session.console.result(table(rows, left=5), {"store": session.store.url, "artifacts": listed})
 
 
 @app.command("show")
@@ -112,6 +113,12 @@ def show(
 def verify(
     artifact: Annotated[str | None, opt.argument(metavar="ARTIFACT")] = None,
     require_signed_by: store_trust.RequireSignedBy = None,
+    sample: Annotated[
+        str | None, opt.option("--sample", metavar="SHARE", help="Read a random part of it only, as 10%.")
+    ] = None,
+    repair_from: Annotated[
+        str | None, opt.option("--repair-from", metavar="URL", help="Put right what this other store has whole.")
+    ] = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -122,12 +129,26 @@ def verify(
     With --require-signed-by also if nobody has signed how it was made whose public key is given.
     """
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    trust = store_trust.Trust.read(require_signed_by)
+    trust, share = store_trust.Trust.read(require_signed_by), store_remote.share_of(sample)
+    source = None if repair_from is None else _open_remote(repair_from)
     ids = session.store.ids() if artifact is None else [resolve(session.store, artifact)]
-    problems = {id_: found for id_ in ids if (found := session.store.verify(id_) or trust.problems(session.store, id_))}
-    lines = [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
+    problems: dict[str, list[str]] = {}
+    repaired: list[str] = []
+    for id_ in ids:
+        found, damaged = store_remote.problems(session.store, id_, share, session)
+        if found and source is not None:
+            store_remote.repair(session.store, id_, damaged, source, session)
+            found, _ = store_remote.problems(session.store, id_, share, session)
+            repaired += [] if found else [id_]
+        found = found or trust.problems(session.store, id_)
+        if found:
+            problems[id_] = found
+    lines = [f"{id_}: repaired" for id_ in repaired]
+    lines += [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
     verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are {trust.wanted}"
-    session.console.result("\n".join([*lines, verdict]), {"verified": len(ids), "problems": problems})
+    session.console.result(
+        "\n".join([*lines, verdict]), {"verified": len(ids), "problems": problems, "repaired": repaired}
+    )
     return int(Exit.VERIFICATION_FAILED if problems else Exit.OK)
 
 
@@ -153,6 +174,16 @@ def give_name(
 
 app.command("export")(store_exchange.export)
 app.command("import")(store_exchange.import_)
+app.command("push")(store_remote.push)
+app.command("pull")(store_remote.pull)
+app.command("gc")(store_remote.collect)
+app.command("probe")(store_remote.probe)
+
+
+def _open_remote(url: str) -> Remote:
+    from llmopt.artifacts.remote import Remote
+
+    return Remote.open(url)
 
 
 def _names(store: Store) -> dict[str, list[str]]:

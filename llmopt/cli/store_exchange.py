@@ -78,9 +78,10 @@ def import_(
     """
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     from llmopt.artifacts import exchange
+    from llmopt.artifacts.layout import check_name
 
     if name is not None:
-        session.store.check_name(name)
+        check_name(name)
     taken = exchange.take(session.store, source, digest=digest)
     manifest = taken.manifest
     if name is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmopt.pipeline.history import OPERATIONS
 
 if TYPE_CHECKING:
-    from llmopt.artifacts.manifest import Action
+    from llmopt.artifacts.manifest import Action, Manifest
     from llmopt.artifacts.store import Store
 
 
@@ -26,6 +26,19 @@ def distinct_results(store: Store, action: Action | None) -> tuple[str, ...]:
         return ()
     results = store.results(action.key)
     return tuple(results) if len(results) > 1 else ()
+
+
+def different_results(manifests: Iterable[Manifest]) -> dict[str, int]:
+    """By the id of each artifact, how many different results its action has among these; 0 for one that is alone."""
+    by_key: dict[str, list[str]] = {}
+    found: dict[str, int] = {}
+    for manifest in manifests:
+        found[manifest.id] = 0
+        if manifest.action is not None and manifest.action.op not in OPERATIONS:
+            by_key.setdefault(manifest.action.key, []).append(manifest.id)
+    for ids in by_key.values():
+        found |= dict.fromkeys(ids, len(ids) if len(ids) > 1 else 0)
+    return found
 
 
 def nearest_difference(action: Action, stored: Iterable[Action]) -> tuple[str, ...]:

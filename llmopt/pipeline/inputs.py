@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from llmopt.artifacts import licenses
 from llmopt.artifacts.digest import describe, describe_all
 from llmopt.artifacts.licenses import Stated
 from llmopt.artifacts.manifest import MANIFEST_NAME
+from llmopt.artifacts.objects import is_s3
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.errors import LlmoptError, SettingsError, nearest
 from llmopt.pipeline.runner import StageResult
@@ -57,11 +58,14 @@ class Input:
         return licenses.join(stated.license for stated in self.stated)
 
 
-def resolve(store: Store, reference: str) -> Input:
-    """The folder, or the stored artifact (its bytes checked), that a user's `reference` names.
+def resolve(store: Store, reference: str, progress: Progress = silent, *, deny: Sequence[str] = ()) -> Input:
+    """The folder, the prefix of a bucket, or the stored artifact that a user's `reference` names; its bytes checked.
 
-    Raises CorruptError for an artifact that is damaged, LlmoptError for what is not there.
+    Raises CorruptError for an artifact that is damaged, LlmoptError for what is not there. What `deny` says of
+    licences is asked of a model card before what lies beside it is fetched.
     """
+    if is_s3(reference):
+        return _from_s3(store, reference, progress, deny)
     path = Path(reference)
     if path.is_dir():
         return _folder(path)
@@ -84,7 +88,7 @@ def model(store: Store, reference: str, progress: Progress = silent, *, deny: Se
     """
     wanted = _of_hub(reference)
     if wanted is None:
-        found = resolve(store, reference)
+        found = resolve(store, reference, progress, deny=deny)
         refuse_denied((found,), deny)
         return found
     from llmopt.pipeline import hub
@@ -127,7 +131,7 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
     path = Path(reference)
     if path.is_file():
         return text(path, kind="rows" if path.name.endswith(ROW_SUFFIXES) else "text")
-    if not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
+    if not is_s3(reference) and not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
         raise LlmoptError(
             f"no text file at `{reference}`, and no calibration set of that name",
             hint="give a UTF-8 text, a .jsonl or .parquet file, `datasets:ORG/NAME`, or an artifact of the store",
@@ -145,7 +149,7 @@ def subject(store: Store, reference: str) -> Input | str:
     """What a bench loads: the URL of a server as it is, anything else resolved."""
     if reference.startswith(("http://", "https://")):
         return reference
-    if not Path(reference).is_dir() and ("/" in reference or store.resolve(reference) is None):
+    if not is_s3(reference) and not Path(reference).is_dir() and ("/" in reference or store.resolve(reference) is None):
         raise _no_subject(store, reference)
     return resolve(store, reference)
 
@@ -258,6 +262,18 @@ def _folder(path: Path) -> Input:
 def _stated(manifest: Manifest, path: Path) -> tuple[Stated, ...]:
     """By its manifest; where that does not say, by the licence files that came along, and by a user's folder's card."""
     return licenses.of_manifest(manifest) or licenses.of_folder(path, card=manifest.action is None)
+
+
+def _from_s3(store: Store, url: str, progress: Progress, deny: Sequence[str]) -> Input:
+    """What lies below a prefix, by way of the store, where it stays: the next command fetches nothing."""
+    from llmopt.artifacts import plain
+
+    card = plain.card(url)
+    said = () if card is None else tuple(Stated(license, f"the card of `{url}`") for license in licenses.of_card(card))
+    _refuse_denied(url, said, deny)
+    artifact = plain.read(store, url, progress)
+    found = stored(store, artifact, label=url)
+    return replace(found, stated=(*said, *found.stated)) if said else found
 
 
 def _of_hub(reference: str) -> Reference | None:

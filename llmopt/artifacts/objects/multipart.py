@@ -41,9 +41,9 @@ class Upload:
 
     @classmethod
     def begin(cls, objects: S3Objects, key: str, size: int, digest: str) -> Upload:
-        """A new one, or the last that was begun for this key: a key is the digest of its bytes, so its parts fit."""
+        """A new one, or where the key is the digest of the bytes, so that parts fit, the last that was begun for it."""
         wire = Wire.of(objects)
-        for upload_id in wire.open_uploads(key):
+        for upload_id in wire.open_uploads(key) if key.endswith(f"/{digest}") else ():
             there = wire.parts(key, upload_id)
             if there is not None:
                 return cls(wire, key, size, upload_id, there)

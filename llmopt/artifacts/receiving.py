@@ -1,0 +1,158 @@
+"""Objects as files on this disk: several at once, going on after a cut, kept only when they are what they should be.
+
+What comes is checked chunk by chunk, so that a bad one is fetched again at once, and as a whole by its sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt.artifacts import chunks
+from llmopt.artifacts.disk import sync_file
+from llmopt.artifacts.meter import Meter
+from llmopt.artifacts.objects import GoneError, Objects
+from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all, pool
+from llmopt.errors import CorruptError
+
+_READS = 3  # of a chunk that comes wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An object to be had as the file `target`. Without a `sha256` it is taken as it comes."""
+
+    key: str
+    size: int
+    target: Path
+    sha256: str | None = None
+    chunks: tuple[str, ...] = ()
+
+
+def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter) -> dict[Path, str]:
+    """Each object as its file, read-only and synced; their sha256. What is in the files already and right is kept.
+
+    Raises CorruptError for what is not of its digest, GoneError for what is not there; good chunks stay for next time.
+    """
+    meter.expect(len(wanted), sum(each.size for each in wanted))
+    digests: dict[Path, str] = {}
+    small = [each for each in wanted if each.size <= chunks.CHUNK_BYTES]
+    with pool(SMALL_AT_ONCE) as threads:
+        do_all(threads, [lambda each=each: digests.update(_receive_small(objects, each, meter)) for each in small])  # type: ignore[misc]
+    with pool(LARGE_AT_ONCE) as threads:
+        files = [_Incoming(objects, each, meter, digests) for each in wanted if each.size > chunks.CHUNK_BYTES]
+        try:
+            do_all(threads, [lambda file=file, n=n: file.chunk(n) for file in files for n in range(file.count)])  # type: ignore[misc]
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+            for file in files:
+                file.close()
+    return digests
+
+
+def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> dict[Path, str]:
+    for turn in range(_READS):
+        data = objects.read_range(wanted.key, 0, wanted.size) if wanted.size else memoryview(b"")
+        if not wanted.size and objects.find(wanted.key) is None:
+            raise GoneError(f"`{objects.url}/{wanted.key}` is missing")
+        digest = hashlib.sha256(data).hexdigest()
+        if len(data) == wanted.size and wanted.sha256 in (None, digest):
+            break
+        meter.again(wanted.key)
+        if turn == _READS - 1:
+            raise _spoiled(objects, wanted)
+    wanted.target.parent.mkdir(parents=True, exist_ok=True)
+    wanted.target.unlink(missing_ok=True)
+    wanted.target.write_bytes(data)
+    wanted.target.chmod(0o444)
+    sync_file(wanted.target)
+    meter.add(wanted.size, files=1)
+    return {wanted.target: digest}
+
+
+class _Incoming:
+    """A large file that comes in chunks, in any order; its sha256 is made in their order."""
+
+    def __init__(self, objects: Objects, wanted: Wanted, meter: Meter, digests: dict[Path, str]) -> None:
+        self._objects, self._wanted, self._meter, self._digests = objects, wanted, meter, digests
+        self.count = chunks.count(wanted.size)
+        self._known = wanted.chunks if len(wanted.chunks) == self.count else ()
+        self._digest = hashlib.sha256()
+        self._turn, self._next, self._failed = threading.Condition(), 0, False
+        wanted.target.parent.mkdir(parents=True, exist_ok=True)
+        resumed = bool(self._known) and wanted.target.exists()
+        if not resumed:
+            wanted.target.unlink(missing_ok=True)
+        self._file = os.open(wanted.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.truncate(self._file, wanted.size)
+        self._resumed = resumed
+
+    def chunk(self, number: int) -> None:
+        """Have it, keep it, and wait for one's turn to add it to the digest."""
+        try:
+            begin, end = chunks.span(self._wanted.size, number)
+            data = self._here(number, begin, end)
+            if data is None:
+                data = self._fetched(number, begin, end)
+                os.pwrite(self._file, data, begin)
+                self._meter.add(end - begin)
+            else:
+                self._meter.skip(end - begin)
+            with self._turn:
+                self._turn.wait_for(lambda: self._next == number or self._failed)
+                if self._failed:
+                    return
+            self._digest.update(data)
+            if number + 1 == self.count:
+                self._finish()
+            with self._turn:
+                self._next += 1
+                self._turn.notify_all()
+        except BaseException:
+            with self._turn:
+                self._failed = True
+                self._turn.notify_all()
+            raise
+
+    def _here(self, number: int, begin: int, end: int) -> memoryview | None:
+        """What an earlier try has brought of it, if it is right."""
+        if not self._resumed:
+            return None
+        data = memoryview(os.pread(self._file, end - begin, begin))
+        return data if chunks.of_bytes(data) == self._known[number] else None
+
+    def _fetched(self, number: int, begin: int, end: int) -> memoryview:
+        """A chunk that is wrong is fetched again. If it stays so, the digest of the whole has the last word."""
+        for turn in range(_READS):
+            data = self._objects.read_range(self._wanted.key, begin, end)
+            right = len(data) == end - begin
+            if right and (not self._known or chunks.of_bytes(data) == self._known[number]):
+                return data
+            if turn < _READS - 1:
+                self._meter.again(self._wanted.key)
+        if not right:
+            raise _spoiled(self._objects, self._wanted)
+        return data
+
+    def _finish(self) -> None:
+        digest = self._digest.hexdigest()
+        if self._wanted.sha256 not in (None, digest):
+            raise _spoiled(self._objects, self._wanted)
+        os.fchmod(self._file, 0o444)
+        os.fsync(self._file)
+        self._digests[self._wanted.target] = digest
+        self._meter.add(0, files=1)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _spoiled(objects: Objects, wanted: Wanted) -> CorruptError:
+    return CorruptError(
+        f"`{objects.url}/{wanted.key}` is damaged: its bytes are not those of its digest",
+        hint="`llmopt store verify --repair-from STORE` repairs it from a store that has it",
+    )
