@@ -77,7 +77,7 @@ class Bar:
         row.add_row(
             str(facts.get("step") or facts.get("stage") or ""),
             ProgressBar(total=total, completed=done, width=_BAR_COLUMNS),
-            f"{done:.0f}/{total:.0f}" + (" blocks" if "block" in facts else ""),
+            _count(facts, done, total),
             self._time(done, total),
             _memory(facts),
         )
@@ -99,6 +99,12 @@ class Bar:
         if block is not None and not name.startswith(f"{block}."):
             name = f"{block}.{name}"
         return Text(f"  worst relative error {_number(error):.4f} in {name}", no_wrap=True, overflow="ellipsis")
+
+
+def _count(facts: Mapping[str, Json], done: float, total: float) -> str:
+    if facts.get("unit") == "bytes":
+        return f"{byte_size(int(done))}/{byte_size(int(total))}, {byte_size(int(_number(facts.get('bytes_per_s'))))}/s"
+    return f"{done:.0f}/{total:.0f}" + (" blocks" if "block" in facts else "")
 
 
 def _memory(facts: Mapping[str, Json]) -> str:
