@@ -63,9 +63,7 @@ class Console:
         elif facts.get("stage") == "load":  # twice a second: to be watched, not to be read in a log
             if _is_terminal():
                 self._drawn().watch(facts)
-        elif facts.get("watched") and not _is_terminal():
-            return
-        elif self._on_bar(facts) and not self.verbose:
+        elif (facts.get("watched") and not _is_terminal()) or (self._on_bar(facts) and not self.verbose):
             return
         else:
             self._say(line)
