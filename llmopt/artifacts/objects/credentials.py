@@ -83,5 +83,8 @@ def _configured_endpoint(session: Any) -> str | None:
 
 
 def _aws_endpoint(session: Any, region: str) -> str:
-    resolved = session.get_component("endpoint_resolver").construct_endpoint("s3", region)
-    return f"https://{(resolved or {}).get('hostname') or f's3.{region}.amazonaws.com'}"
+    try:
+        partition = session.get_partition_for_region(region)
+    except Exception:  # one that this botocore does not know
+        partition = "aws"
+    return f"https://s3.{region}.amazonaws.com" + (".cn" if partition == "aws-cn" else "")
