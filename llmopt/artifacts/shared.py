@@ -93,15 +93,17 @@ class SharedStore(Store):
         super().attach(artifact, envelope)
         self._send(artifact)
 
-    def set_name(self, name: str, artifact: str) -> None:
+    def set_name(self, name: str, artifact: str) -> str | None:
         if not self.own:
-            super().set_name(name, artifact)
-            return
+            return super().set_name(name, artifact)
         layout.check_name(name)
-        if not self.remote.has(artifact):
-            self.send(artifact)
-        for line in told_of_name(self.remote, name, self.remote.set_name(name, artifact)):
+        with self.remote.writing((), [artifact], self._progress):  # so that it stays until it has its name
+            if not self.remote.has(artifact):
+                self.send(artifact)
+            before = self.remote.set_name(name, artifact)
+        for line in told_of_name(self.remote, name, before):
             self._progress(line)
+        return before
 
     # -- finding
 
@@ -179,6 +181,9 @@ class SharedStore(Store):
 
     def names(self) -> dict[str, str]:
         return self.remote.names() if self.own else super().names()
+
+    def broken_names(self) -> dict[str, str]:
+        return self.remote.broken_names(self.ids()) if self.own else super().broken_names()
 
     def resolve(self, reference: str) -> str | None:
         here = None if self.own else super().resolve(reference)

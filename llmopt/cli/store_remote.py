@@ -42,9 +42,12 @@ def push(
     if name is not None:
         check_name(name)
     found, remote = resolve(session.store, artifact), Remote.open(url)
-    moved = transfer.push(session.store, found, remote, session.console.progress)
-    if name is not None:
-        _move_name(remote, name, found, session)
+    if name is None:
+        moved = transfer.push(session.store, found, remote, session.console.progress)
+    else:
+        with remote.writing((), [found], session.console.progress):  # so that it stays until it has its name
+            moved = transfer.push(session.store, found, remote, session.console.progress)
+            _move_name(remote, name, found, session)
     text = f"{remote.url} {found}" + (f" ({name})" if name else "")
     session.console.result(text, {"artifact": found, "url": remote.url, "name": name, **moved.to_json()})
 
@@ -165,9 +168,27 @@ def repair(store: Store, artifact: str, problems: Mapping[str, str], source: Rem
         transfer.push(here, artifact, remote, session.console.progress, replace=tuple(problems))
 
 
+def repair_names(store: Store, source: Remote, session: opt.Session) -> list[str]:
+    """Let names that stand for nothing stand for what they stand for in another store; those that do then."""
+    from llmopt.artifacts import transfer
+
+    repaired = []
+    for name in store.broken_names():
+        try:
+            artifact = source.named(name)
+            if artifact is not None:
+                if artifact not in store.ids():
+                    transfer.pull(store, artifact, source, session.console.progress)
+                store.set_name(name, artifact)
+                repaired.append(name)
+        except LlmoptError as error:
+            session.console.progress(error.message)
+    return repaired
+
+
 def problems(store: Store, artifact: str, share: float, session: opt.Session) -> tuple[list[str], dict[str, str]]:
     """What is wrong with an artifact, in words and by sha256, in the place that the store is."""
-    from llmopt.artifacts import verify
+    from llmopt.artifacts import layout, verify
     from llmopt.artifacts.objects.disk import DiskObjects
     from llmopt.artifacts.remote import Remote
 
@@ -176,6 +197,8 @@ def problems(store: Store, artifact: str, share: float, session: opt.Session) ->
         return store.verify(artifact), {}
     place = remote or Remote(DiskObjects(store.root))
     found = verify.problems(place, artifact, share=share)
+    if remote is None:
+        store.distrust(sha256 for sha256 in found if layout.HEX.fullmatch(sha256))
     try:
         manifest = place.get(artifact)
     except LlmoptError:
