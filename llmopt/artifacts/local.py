@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
@@ -43,9 +43,16 @@ def collect_local(
 
 
 def evict(
-    store: Store, limit_bytes: int, remote: Remote, progress: Progress = silent, *, keep: Collection[str] = ()
+    store: Store,
+    limit_bytes: int,
+    remote: Remote,
+    progress: Progress = silent,
+    *,
+    keep: Collection[str] = (),
+    elsewhere: Callable[[], Collection[str]] = tuple,
 ) -> Collected:
-    """Remove what was used longest ago until the files take no more than the limit; only what the remote has.
+    """Remove what was used longest ago until the files take no more than the limit; only what the remote has, or what
+    is `elsewhere`.
 
     Artifacts with the digests `keep` stay. To be called whenever they have come: they are taken to have been added.
     """
@@ -59,7 +66,7 @@ def evict(
             return Collected()
         store.leases.release_published(but=keep)
         here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
-        gone = set(_to_evict(store, here, size - limit_bytes, remote, keep))
+        gone = set(_to_evict(store, here, size - limit_bytes, remote, keep, elsewhere()))
         if not gone:
             return Collected()
         with store.leases.removing(), here.removing() as removal:
@@ -73,7 +80,9 @@ def evict(
     return found
 
 
-def _to_evict(store: Store, here: Remote, bytes_over: int, remote: Remote, keep: Collection[str]) -> Iterator[str]:
+def _to_evict(
+    store: Store, here: Remote, bytes_over: int, remote: Remote, keep: Collection[str], elsewhere: Collection[str]
+) -> Iterator[str]:
     """Those to remove, the longest unused first. Nothing is locked yet, since the remote may take its time."""
     manifests = manifests_of(here, here.listed())
     having = Counter(sha256 for manifest in manifests.values() for sha256 in _sizes(manifest))
@@ -81,7 +90,7 @@ def _to_evict(store: Store, here: Remote, bytes_over: int, remote: Remote, keep:
         if bytes_over <= 0:
             return
         digest = layout.digest(artifact)
-        if digest in keep or store.leases.in_use(digest) or not remote.has(artifact):
+        if digest in keep or store.leases.in_use(digest) or not (artifact in elsewhere or remote.has(artifact)):
             continue
         for sha256, size in _sizes(manifests[artifact]).items():
             having[sha256] -= 1

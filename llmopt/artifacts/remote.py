@@ -350,8 +350,8 @@ def _kind(key: str) -> str:
 
 
 def _ours(key: str) -> bool:
-    folders = (*(f"{each.partition('/')[0]}/" for each in layout.ALL), "tmp/", "trees/", "begun/")
-    return key.startswith(folders) or key in (layout.MARKER, "verified", "size")
+    folders = {each.partition("/")[0] for each in (*layout.ALL, *layout.ON_DISK)}
+    return key.partition("/")[0] in folders or key == layout.MARKER
 
 
 def _artifact(data: bytes, name: str) -> str:

@@ -388,6 +388,23 @@ class Store:
         """Of what was read through, keep in mind what is still there."""
         self._verified.compact()
 
+    # -- of a store that has its artifacts, or more of them, elsewhere; see `SharedStore`
+
+    @property
+    def here(self) -> Store:
+        """What of the store is on this disk."""
+        return self
+
+    def fetch(self, artifact: str) -> bool:
+        """Have all of an artifact on this disk; whether it is there. CorruptError for one that cannot be trusted."""
+        return self.has(artifact)
+
+    def send(self, artifact: str) -> None:
+        """Have an artifact that is on this disk where the store keeps its artifacts, if that is elsewhere."""
+
+    def make_room(self, artifact: str) -> None:
+        """To be called when an artifact has come to this disk: others may have to leave it."""
+
     # -- within
 
     def _aside(self) -> AbstractContextManager[Path]:
