@@ -185,7 +185,7 @@ def _count(store: Store) -> int:
     file = store.root / _SIZE
     with disk.locked(file):
         size = sum(found.size for found in DiskObjects(store.root).list(f"{layout.BLOBS}/"))
-        file.write_text(f"{size} {time.time():.0f}\n")
+        file.write_text(f"{size} {int(time.time())}\n")
         return size
 
 

@@ -133,7 +133,7 @@ class SharedStore(Store):
             return None
         if damage is not None:
             self._progress(f"damaged here, and had again from `{self.remote.url}`: {damage.message}")
-        return super().find(key)
+        return self.here.find(key)
 
     def results(self, key: str) -> list[str]:
         here = super().results(key)
@@ -300,7 +300,7 @@ class SharedStore(Store):
 
     def _find_here(self, key: str) -> Manifest | None:
         """One that came here unsigned is not taken any more once it must be signed."""
-        found = super().find(key)
+        found = self.here.find(key)
         if found is not None and self._is_refused(found.id):
             try:
                 self.fetch(found.id)
