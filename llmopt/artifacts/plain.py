@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _BEGUN = ".llmopt-begun.json"
 _SOURCES = "sources"
 #: Of a card or a licence, which are read before anything else.
 _NOTICE_BYTES = 1 << 20
+#: An upload that was begun so long ago is nobody's any more.
+_LEFT_S = 24 * 3600.0
 
 
 # --- writing
@@ -77,6 +80,8 @@ def write(store: Store, artifact: str, url: str, progress: Progress = silent) ->
     ours = {MANIFEST_NAME, _BEGUN} | {entry.path for known in (written, begun) if known for entry in known.files}
     if foreign := sorted(there.keys() - ours):
         raise _not_empty(url, foreign[0])
+    if begun is not None:
+        _abort_left(objects)
     meter = Meter(progress, "push", f"writing to {objects.url}")
     if written is None and (begun is None or begun.id != artifact):
         objects.write(_BEGUN, manifest.to_bytes())
@@ -97,6 +102,15 @@ def write(store: Store, artifact: str, url: str, progress: Progress = silent) ->
     if written is None or begun is not None:
         objects.delete([_BEGUN])
     return meter.end()
+
+
+def _abort_left(objects: Objects) -> None:
+    """Remove what who was killed here had sent of large files: nobody goes on with it, and it would cost for ever."""
+    from llmopt.artifacts.objects.multipart import abort_old
+    from llmopt.artifacts.objects.s3 import S3Objects
+
+    if isinstance(objects, S3Objects):
+        abort_old(objects, "", time.time() - _LEFT_S)
 
 
 # --- reading
