@@ -1,7 +1,8 @@
 """Digests of the chunks of large files: what a transfer checks as it comes, and goes on from after a cut.
 
 They are no identity: that is the sha256 of the whole file, which is always checked too. So a digest that is quick
-(XXH3, 128 bits) will do. They lie beside the manifest: `{"schema": ..., "chunk_bytes": ..., "files": {sha256: [...]}}`.
+(XXH3, 128 bits) will do. They lie beside the manifest: `{"schema": ..., "chunk_bytes": ..., "files": {sha256: [...]},
+"check": the digest of "files"}`. Damaged, they are as good as none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.manifest import canonical_json
+from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
     from xxhash import xxh3_128
@@ -43,17 +45,26 @@ def span(size: int, number: int) -> tuple[int, int]:
 
 
 def to_bytes(files: Mapping[str, tuple[str, ...]]) -> bytes:
-    return canonical_json(
-        {"schema": _SCHEMA, "chunk_bytes": CHUNK_BYTES, "files": {key: list(value) for key, value in files.items()}}
-    )
+    listed = {key: list(value) for key, value in files.items()}
+    check = of_bytes(canonical_json(listed))
+    return canonical_json({"schema": _SCHEMA, "chunk_bytes": CHUNK_BYTES, "files": listed, "check": check})
+
+
+def are_whole(data: bytes) -> bool:
+    """Whether this is a list as it was written, or `{}`."""
+    return data == b"{}" or _files(data) is not None
 
 
 def from_bytes(data: bytes | None) -> dict[str, tuple[str, ...]]:
-    """By the sha256 of the file; empty where there are none, or none that this version can use."""
+    """By the sha256 of the file; empty where there are none, or none that this version can use, or damaged ones."""
+    return {key: tuple(value) for key, value in (_files(data or b"") or {}).items()}
+
+
+def _files(data: bytes) -> dict[str, list[str]] | None:
     try:
-        found = json.loads(data or b"{}")
-        if found.get("schema") != _SCHEMA or found.get("chunk_bytes") != CHUNK_BYTES:
-            return {}
-        return {str(key): tuple(map(str, value)) for key, value in found["files"].items()}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        return {}
+        found = json.loads(data)
+        files = found["files"]
+        whole = found["check"] == of_bytes(canonical_json(files))
+        return files if whole and found["schema"] == _SCHEMA and found["chunk_bytes"] == CHUNK_BYTES else None
+    except (ValueError, KeyError, TypeError, RecursionError, LlmoptError):
+        return None

@@ -15,6 +15,8 @@ from llmopt.errors import LlmoptError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOCK = ".lock"
+#: The lock, in a store, of who compares and then writes.
+SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
 _NO_LINK = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -64,6 +66,7 @@ def lasting(folder: Path) -> Iterator[Path | None]:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; on a disk without locks, several."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with suppress(OSError):
@@ -178,8 +181,14 @@ def publish(data: bytes, target: Path, *, aside: Path, root: Path) -> None:
         now = time.time_ns()  # the kernel's own stamps are only as fine as its tick
         os.utime(file.fileno(), ns=(now, now))
         os.fsync(file.fileno())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary_file.replace(target)
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary_file.replace(target)
+            break
+        except FileNotFoundError:  # somebody has tidied the folder away, since it was empty
+            if not temporary_file.exists():
+                raise
     sync_folders([target], root)
 
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts import disk, oci_layers
 from llmopt.artifacts.digest import describe, is_read, read_manifest, same_bytes
 from llmopt.artifacts.manifest import MANIFEST_NAME, Manifest, canonical_json
+from llmopt.artifacts.objects import is_s3
 from llmopt.artifacts.oci_layers import Part
 from llmopt.artifacts.oci_layout import AGAIN, Image, Layout
-from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.outcome import Json, Progress, silent
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 if TYPE_CHECKING:
@@ -37,11 +38,19 @@ class Taken:
     attestations: int = 0
 
 
-def take(store: Store, source: str, *, digest: str | None = None) -> Taken:
-    """Import `FOLDER`, or of a layout `FOLDER:TAG`, or the manifest with a digest.
+def take(store: Store, source: str, *, digest: str | None = None, progress: Progress = silent) -> Taken:
+    """Import `FOLDER`, `s3://bucket/prefix`, or of a layout `FOLDER:TAG`, or the manifest with a digest.
 
     CorruptError when bytes are missing or are not those of their digest; then nothing has been stored.
     """
+    taken = _take(store, source, digest, progress)
+    store.send(taken.manifest.id)
+    return taken
+
+
+def _take(store: Store, source: str, digest: str | None, progress: Progress) -> Taken:
+    if is_s3(source):
+        return _take_prefix(store, source, digest, progress)
     folder, tag = split(source)
     if tag is not None and digest is not None:
         raise SettingsError(f"the tag `{tag}` and `--digest` are both given", hint="give one of them")
@@ -117,6 +126,20 @@ def _take_folder(store: Store, source: Path) -> Taken:
         stored = _put(store, folder, manifest)
     tops = {path.partition("/")[0] for path in listed} | {MANIFEST_NAME}
     return Taken(stored, tuple(sorted(set(names) - tops)))
+
+
+def _take_prefix(store: Store, url: str, digest: str | None, progress: Progress) -> Taken:
+    from llmopt.artifacts import plain
+
+    if digest is not None:
+        raise SettingsError(f"`{url}` is no OCI layout", hint="a digest chooses among the manifests of one")
+    prefix = plain.Prefix.open(url)
+    if prefix.manifest is None:
+        names = [found.key for found in prefix.listed]
+        _check_weights([name for name in names if is_read(name, "model")], names)
+    manifest = store.here.get(plain.read(store, prefix, progress))
+    listed = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
+    return Taken(manifest, tuple(sorted(found.key for found in prefix.listed if found.key not in listed)))
 
 
 def _check_weights(taken: Iterable[str], paths: Iterable[str]) -> None:

@@ -11,6 +11,8 @@ ACTION_SCHEMA = "llmopt.action/1"
 BLOBS, CHUNKS, MANIFESTS = "blobs/sha256", "chunks/sha256", "manifests/sha256"
 ACTIONS, NAMES, ATTESTATIONS, LEASES = "actions", "names", "attestations", "leases"
 ALL = (BLOBS, CHUNKS, MANIFESTS, ACTIONS, NAMES, ATTESTATIONS, LEASES)
+#: What else a store on disk has: of this machine, and to be had again.
+ON_DISK = ("begun", "cache", "size", "sources", "tmp", "trees", "unsigned", "verified")
 #: Says that a bucket's prefix is a store; a folder needs none.
 MARKER = "llmopt-store.json"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable
-from contextlib import ExitStack, suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts import disk, layout
@@ -18,59 +19,134 @@ from llmopt.artifacts.remote import Remote
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
 
+#: In a cache: at most so many bytes are in its blobs. Counted anew when it is a day old, or says that it is full.
+_SIZE = "size"
+_COUNT_S = 24 * 3600.0
+
 
 def collect_local(
     store: Store, *, older_than_s: float, dry_run: bool = False, progress: Progress = silent
 ) -> Collected:
-    """As `collect`, for a store on this disk: its users are told by their locks, and nobody writes meanwhile."""
+    """As `collect`, for a store on this disk: its users are told by their locks, and nobody writes meanwhile.
+
+    Others may write to it as to a remote one, so their leases count too.
+    """
     if not store.root.is_dir():
         return Collected()
-    with disk.writing("the store", store.root, option="--store"), store.leases.removing(), ExitStack() as held:
-
-        def in_use(digest: str) -> bool:
-            """If not, nobody can begin to use it until the end."""
-            return not held.enter_context(store.leases.alone(digest))
-
-        found = collect(
-            Remote(DiskObjects(store.root)),
-            older_than_s=older_than_s,
-            dry_run=dry_run,
-            progress=progress,
-            last_used=store.leases.last_used,
-            in_use=in_use,
-        )
+    here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
+    with disk.writing("the store", store.root, option="--store"), store.leases.removing():
+        found = collect(here, older_than_s=older_than_s, dry_run=dry_run, progress=progress, users=users)
         if not dry_run:
-            _clear(store, found.artifacts)
+            users.tidy()
             _forget_begun(store, time.time() - older_than_s)
         return found
 
 
 def evict(
-    store: Store, limit_bytes: int, remote: Remote, progress: Progress = silent, *, keep: Collection[str] = ()
+    store: Store,
+    limit_bytes: int,
+    remote: Remote,
+    progress: Progress = silent,
+    *,
+    keep: Collection[str] = (),
+    elsewhere: Callable[[], Collection[str]] = tuple,
 ) -> Collected:
-    """Remove what was used longest ago until the files take no more than the limit; only what the remote has."""
-    size = _size(store)
-    if size <= limit_bytes:
-        return Collected()
-    here = Remote(DiskObjects(store.root))
-    with disk.writing("the store", store.root, option="--store"), store.leases.removing(), ExitStack() as held:
-        with here.removing() as removal:
-            manifests = manifests_of(here, here.listed())
-            gone: list[str] = []
-            left = size
-            for artifact in sorted(manifests, key=lambda artifact: _used(store, artifact)):
-                if left <= limit_bytes:
-                    break
-                digest = layout.digest(artifact)
-                if digest in keep or not held.enter_context(store.leases.alone(digest)) or not remote.has(artifact):
-                    continue
-                gone.append(artifact)
-                left = size - _freed(manifests, gone)
-            found = sweep(here, removal, manifests, gone)
-        _clear(store, found.artifacts)
-    if gone:
-        progress(f"the cache was full: {len(gone)} artifacts left it, {disk.byte_size(found.bytes)}")
+    """Remove what was used longest ago until the files take no more than the limit; only what the remote has, or what
+    is `elsewhere`.
+
+    Artifacts with the digests `keep` stay. To be called whenever they have come: they are taken to have been added.
+    """
+    added = sum(_bytes_of(store, digest) for digest in keep)
+    with disk.writing("the store", store.root, option="--store"):
+        known = _at_most(store, added)
+        if known is not None and known <= limit_bytes:
+            return Collected()
+        size = _count(store)
+        if size <= limit_bytes:
+            return Collected()
+        store.leases.release_published(but=keep)
+        here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
+        gone = set(_to_evict(store, here, size - limit_bytes, remote, keep, elsewhere()))
+        if not gone:
+            return Collected()
+        with store.leases.removing(), here.removing() as removal:
+            listed = here.listed()
+            manifests = manifests_of(here, listed)
+            gone = {id_ for id_ in gone & set(manifests) if not users.in_use(layout.digest(id_))} - removal.artifacts
+            found = sweep(here, removal, listed, manifests, sorted(gone), users=users)
+            users.tidy()
+        _count(store)
+    progress(f"the cache was full: {len(found.artifacts)} artifacts left it, {disk.byte_size(found.bytes)}")
     return found
+
+
+def _to_evict(
+    store: Store, here: Remote, bytes_over: int, remote: Remote, keep: Collection[str], elsewhere: Collection[str]
+) -> Iterator[str]:
+    """Those to remove, the longest unused first. Nothing is locked yet, since the remote may take its time."""
+    manifests = manifests_of(here, here.listed())
+    having = Counter(sha256 for manifest in manifests.values() for sha256 in _sizes(manifest))
+    for artifact in sorted(manifests, key=lambda artifact: _used(store, artifact)):
+        if bytes_over <= 0:
+            return
+        digest = layout.digest(artifact)
+        if digest in keep or store.leases.in_use(digest) or not (artifact in elsewhere or remote.has(artifact)):
+            continue
+        for sha256, size in _sizes(manifests[artifact]).items():
+            having[sha256] -= 1
+            bytes_over -= 0 if having[sha256] else size
+        yield artifact
+
+
+class _Users:
+    """See `collect.Users`: of a store on this disk."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def last_used(self, digest: str) -> float:
+        return self._store.leases.last_used(digest)
+
+    def in_use(self, digest: str) -> bool:
+        return self._store.leases.in_use(digest)
+
+    def alone(self, digest: str) -> AbstractContextManager[bool]:
+        return self._store.leases.alone(digest)
+
+    def removed(self, manifests: Collection[Manifest]) -> None:
+        """What on a disk goes with an artifact: the folder of links, and the lease."""
+        if not manifests:
+            return
+        root = self._store.root
+        disk.sync_folders([root / layout.manifest(manifest.hex) for manifest in manifests], root)
+        with self._store.relinking({entry.sha256 for manifest in manifests for entry in manifest.files}):
+            for manifest in manifests:
+                self._forget(manifest.hex)
+
+    def tidy(self) -> None:
+        """What was left by those who were killed, and folders that are empty now."""
+        root = self._store.root
+        trees: set[str] = set()
+        with suppress(FileNotFoundError):
+            trees = {path.name for path in (root / "trees").iterdir() if layout.HEX.fullmatch(path.name)}
+        for digest in trees.union(self._store.leases.digests()):
+            if not (root / layout.manifest(digest)).exists():
+                with self.alone(digest) as unused:
+                    if unused:
+                        self._forget(digest)
+        for kind in (layout.ACTIONS, layout.ATTESTATIONS):
+            with suppress(FileNotFoundError):
+                for folder in (root / kind).iterdir():
+                    with suppress(OSError):
+                        folder.rmdir()
+        self._store.forget_removed()
+
+    def _forget(self, digest: str) -> None:
+        tree = self._store.root / "trees" / digest
+        if os.path.lexists(tree):
+            with disk.temporary(self._store.root / "tmp") as aside, suppress(FileNotFoundError):
+                tree.rename(aside / "tree")
+        self._store.leases.forget(digest)
 
 
 def _used(store: Store, artifact: str) -> float:
@@ -80,32 +156,37 @@ def _used(store: Store, artifact: str) -> float:
     return 0.0
 
 
-def _size(store: Store) -> int:
-    """Bytes of all blobs."""
-    return sum(found.size for found in DiskObjects(store.root).list(f"{layout.BLOBS}/"))
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of each of its blobs."""
+    return {entry.sha256: entry.size for entry in manifest.files}
 
 
-def _freed(manifests: dict[str, Manifest], gone: Iterable[str]) -> int:
-    """Bytes of the blobs that only these have."""
-    doomed = set(gone)
-    needed = {entry.sha256 for id_, manifest in manifests.items() if id_ not in doomed for entry in manifest.files}
-    own = {entry.sha256: entry.size for id_ in doomed for entry in manifests[id_].files}
-    return sum(size for sha256, size in own.items() if sha256 not in needed)
+def _bytes_of(store: Store, digest: str) -> int:
+    artifact = f"sha256:{digest}"
+    return sum(_sizes(store.get(artifact)).values()) if store.has(artifact) else 0
 
 
-def _clear(store: Store, artifacts: Iterable[str]) -> None:
-    """What on a disk goes with an artifact: the folder of links, the lease, and folders that are empty now."""
-    for artifact in artifacts:
-        digest = layout.digest(artifact)
-        tree = store.root / "trees" / digest
-        with disk.temporary(store.root / "tmp") as aside, suppress(FileNotFoundError):
-            tree.rename(aside / "tree")
-        store.leases.forget(digest)
-    for kind in (layout.ACTIONS, layout.ATTESTATIONS):
-        with suppress(FileNotFoundError):
-            for folder in (store.root / kind).iterdir():
-                with suppress(OSError):
-                    folder.rmdir()
+def _at_most(store: Store, added: int) -> int | None:
+    """How much is in the blobs, or more, since some of what came may have been there; None if it has to be counted."""
+    file = store.root / _SIZE
+    with disk.locked(file):
+        try:
+            size, at_s = map(int, file.read_text().split())
+        except (OSError, ValueError):
+            return None
+        if not 0 <= time.time() - at_s < _COUNT_S:
+            return None
+        file.write_text(f"{size + added} {at_s}\n")
+        return size + added
+
+
+def _count(store: Store) -> int:
+    """The bytes of all blobs, to be remembered."""
+    file = store.root / _SIZE
+    with disk.locked(file):
+        size = sum(found.size for found in DiskObjects(store.root).list(f"{layout.BLOBS}/"))
+        file.write_text(f"{size} {int(time.time())}\n")
+        return size
 
 
 def _forget_begun(store: Store, before_s: float) -> None:

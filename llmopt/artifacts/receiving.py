@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,18 +33,26 @@ class Wanted:
     chunks: tuple[str, ...] = ()
 
 
-def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter) -> dict[Path, str]:
+def receive(
+    objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Callable[[Path, str], None] = lambda *_: None
+) -> dict[Path, str]:
     """Each object as its file, read-only and synced; their sha256. What is in the files already and right is kept.
 
+    `done` is called with each file, in any thread, once it is complete.
     Raises CorruptError for what is not of its digest, GoneError for what is not there; good chunks stay for next time.
     """
     meter.expect(len(wanted), sum(each.size for each in wanted))
     digests: dict[Path, str] = {}
+
+    def add(file: Path, digest: str) -> None:
+        digests[file] = digest
+        done(file, digest)
+
     small = [each for each in wanted if each.size <= chunks.CHUNK_BYTES]
     with pool(SMALL_AT_ONCE) as threads:
-        do_all(threads, [lambda each=each: digests.update(_receive_small(objects, each, meter)) for each in small])  # type: ignore[misc]
+        do_all(threads, [lambda each=each: add(each.target, _receive_small(objects, each, meter)) for each in small])  # type: ignore[misc]
     with pool(LARGE_AT_ONCE) as threads:
-        files = [_Incoming(objects, each, meter, digests) for each in wanted if each.size > chunks.CHUNK_BYTES]
+        files = [_Incoming(objects, each, meter, add) for each in wanted if each.size > chunks.CHUNK_BYTES]
         try:
             do_all(threads, [lambda file=file, n=n: file.chunk(n) for file in files for n in range(file.count)])  # type: ignore[misc]
         finally:
@@ -54,7 +62,7 @@ def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter) -> dict[Pa
     return digests
 
 
-def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> dict[Path, str]:
+def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> str:
     for turn in range(_READS):
         data = objects.read_range(wanted.key, 0, wanted.size) if wanted.size else memoryview(b"")
         if not wanted.size and objects.find(wanted.key) is None:
@@ -71,14 +79,14 @@ def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> dict[Path,
     wanted.target.chmod(0o444)
     sync_file(wanted.target)
     meter.add(wanted.size, files=1)
-    return {wanted.target: digest}
+    return digest
 
 
 class _Incoming:
     """A large file that comes in chunks, in any order; its sha256 is made in their order."""
 
-    def __init__(self, objects: Objects, wanted: Wanted, meter: Meter, digests: dict[Path, str]) -> None:
-        self._objects, self._wanted, self._meter, self._digests = objects, wanted, meter, digests
+    def __init__(self, objects: Objects, wanted: Wanted, meter: Meter, done: Callable[[Path, str], None]) -> None:
+        self._objects, self._wanted, self._meter, self._done = objects, wanted, meter, done
         self.count = chunks.count(wanted.size)
         self._known = wanted.chunks if len(wanted.chunks) == self.count else ()
         self._digest = hashlib.sha256()
@@ -144,7 +152,7 @@ class _Incoming:
             raise _spoiled(self._objects, self._wanted)
         os.fchmod(self._file, 0o444)
         os.fsync(self._file)
-        self._digests[self._wanted.target] = digest
+        self._done(self._wanted.target, digest)
         self._meter.add(0, files=1)
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 Writers never overwrite a blob. Blobs go first, then the manifest, then the action or the name, so whatever can be found
 is whole on any server, whatever conditions it knows. Who removes things and who writes tell each other by leases: each
-writes its own and then looks for the other's, so that at least one of them sees the other.
+writes its own and then looks for the other's, so that at least one of them sees the other. Who writes and sees a
+removal waits for its end; a removal that sees a writer keeps all that the writer's lease names. Only then does a writer
+ask what is there already, and a removal what is there at all.
 """
 
 from __future__ import annotations
@@ -10,30 +12,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import threading
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from llmopt.artifacts import layout
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.objects import Found, Objects, open_objects
-from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.outcome import Json, Progress, silent
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
-#: How long a lease counts after it was last written. Whoever works longer writes it again.
-LEASE_S = 3600.0
-_RENEW_S, _WAIT_S = 600.0, 600.0
 _WRITE, _REMOVE = "write", "remove"
+#: How long a lease counts after it was last written, by the clock of the place. While a process works, it writes it
+#: again and again; others wait for one that removes things, so a dead one's ends soon.
+LEASE_S = {_WRITE: 3600.0, _REMOVE: 300.0}
+#: What else lies there for a moment only, unless its process is killed.
+_PASSING = ("clock", "probe")
+_RENEWALS, _MARGIN = 6, 0.8
+_WAIT_S, _LOOK_S, _SWAP_S = 900.0, 1.0, 60.0
+_AT_ONCE = 16
 _REPAIR = "`llmopt store verify --repair-from STORE` repairs it; or push it again"
 
 
 class Remote:
     """Any number of machines may use one at the same time."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(self, objects: Objects, *, known: bool = False) -> None:
+        """`known`: it is a store, whatever else lies there."""
         self.objects = objects
         self.url = objects.url
-        self._checked = False
+        self._checked = known
 
     @classmethod
     def open(cls, url: str) -> Remote:
@@ -57,6 +69,11 @@ class Remote:
         self._check()
         return self.objects.find(layout.manifest(layout.digest(artifact))) is not None
 
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether this very manifest is here, undamaged."""
+        self._check()
+        return self._read(layout.manifest(manifest.hex)) == manifest.to_bytes()
+
     def results(self, key: str) -> list[str]:
         """The ids of an action's distinct results, the newest last."""
         self._check()
@@ -78,14 +95,32 @@ class Remote:
 
     def names(self) -> dict[str, str]:
         """What every name stands for."""
-        self._check()
+        return {name: artifact for name, artifact in self._names().items() if isinstance(artifact, str)}
+
+    def broken_names(self, ids: Collection[str]) -> dict[str, str]:
+        """Names that stand for nothing, and why, where these artifacts are here: something has damaged them."""
         found: dict[str, str] = {}
-        for each in self.objects.list(f"{layout.NAMES}/"):
-            name = each.key.removeprefix(f"{layout.NAMES}/")
-            with suppress(CorruptError):
-                if layout.NAME.fullmatch(name) and (artifact := self.named(name)):
-                    found[name] = artifact
+        for name, artifact in self._names().items():
+            if isinstance(artifact, CorruptError):
+                found[name] = artifact.message
+            elif artifact not in ids:
+                found[name] = f"the name `{name}` stands for `{artifact}`, which is not there"
         return found
+
+    def _names(self) -> dict[str, str | CorruptError]:
+        self._check()
+
+        def named(name: str) -> str | CorruptError | None:
+            try:
+                return self.named(name)
+            except CorruptError as error:
+                return error
+
+        names = [each.key.removeprefix(f"{layout.NAMES}/") for each in self.objects.list(f"{layout.NAMES}/")]
+        names = [name for name in names if layout.NAME.fullmatch(name)]
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            found = zip(names, threads.map(named, names), strict=True)
+            return {name: artifact for name, artifact in found if artifact is not None}
 
     def named(self, name: str) -> str | None:
         self._check()
@@ -113,11 +148,9 @@ class Remote:
     # -- writing, within `writing()`
 
     def add(self, key: str, data: bytes) -> None:
-        """A small object whose key names its content; one that is there already is left unless its size is wrong."""
-        if not self.objects.create(key, data):
-            found = self.objects.find(key)
-            if found is None or found.size != len(data):
-                self.objects.write(key, data)
+        """A small object whose key names its content; one that is there already is left if it is right."""
+        if not self.objects.create(key, data) and self._read(key) != data:
+            self.objects.write(key, data)
 
     def set_name(self, name: str, artifact: str) -> str | None:
         """Let the name stand for an artifact that is here; what it stood for before, if anything else.
@@ -125,29 +158,38 @@ class Remote:
         Where the server can compare, no move of another's is lost unseen; LlmoptError when others keep moving it.
         """
         layout.check_name(name)
-        if not self.has(artifact):
-            raise LlmoptError(f"no artifact `{artifact}` in the store `{self.url}`", hint="push it first")
-        data = f"{artifact}\n".encode()
-        for _ in range(20):
-            found = self.objects.read_tagged(layout.name(name), most=1000)
-            if found is not None and found[0] == data:
-                return None
-            if self.objects.swap(layout.name(name), data, None if found is None else found[1]):
+        with self.writing((), [artifact]):
+            if not self.has(artifact):
+                raise LlmoptError(f"no artifact `{artifact}` in the store `{self.url}`", hint="push it first")
+            return self._move(name, artifact)
+
+    def _move(self, name: str, artifact: str) -> str | None:
+        data, found = f"{artifact}\n".encode(), None
+        give_up, pause_s = time.monotonic() + _SWAP_S, 0.02
+        while time.monotonic() < give_up:
+            before, found = found, self.objects.read_tagged(layout.name(name), most=1000)
+            mine = found is not None and found[0] == data
+            if mine or self.objects.swap(layout.name(name), data, None if found is None else found[1]):
+                # One's own is there already also where the answer to a swap was lost.
+                replaced = before if mine else found
                 with suppress(CorruptError):
-                    return None if found is None else _artifact(found[0], name)
+                    return None if replaced is None or replaced[0] == data else _artifact(replaced[0], name)
                 return None
-            time.sleep(0.05)
+            time.sleep(pause_s * random.random())
+            pause_s = min(1.0, 1.5 * pause_s)
         raise LlmoptError(
             f"the name `{name}` keeps being moved by others in `{self.url}`", hint="run the command again"
         )
 
     @contextmanager
-    def writing(self, blobs: Collection[str]) -> Iterator[Lease]:
-        """While this lasts, none of these blobs (by sha256) is removed, here or missing yet."""
+    def writing(
+        self, blobs: Collection[str], artifacts: Collection[str], progress: Progress = silent
+    ) -> Iterator[Lease]:
+        """While this lasts, none of these blobs (by sha256) or artifacts is removed, here or missing yet."""
         self._check(mark=True)
-        lease = Lease(self.objects, _WRITE, {"blobs": list(blobs)})
+        lease = Lease(self.objects, _WRITE, {"blobs": list(blobs), "artifacts": list(artifacts)})
         try:
-            self._wait_for_removal(lease)
+            self._wait_for_removal(lease, progress)
             yield lease
         finally:
             with suppress(LlmoptError):  # it ends by itself
@@ -159,18 +201,18 @@ class Remote:
         self._check(mark=True)
         lease = Lease(self.objects, _REMOVE, {})
         try:
-            now, others = self._leases(lease)
-            rivals = sorted(key for key in others if _kind(key) == _REMOVE)
-            if rivals:
+            found = self._leases(lease)
+            if rivals := sorted(found.of(_REMOVE)):
                 raise LlmoptError(
                     f"another process is removing things from `{self.url}`",
-                    hint=f"wait for it; what it left if it was killed counts for {LEASE_S / 3600:.0f} h: `{rivals[0]}`",
+                    hint=f"wait for it; if it was killed, its `{rivals[0]}` counts for {LEASE_S[_REMOVE] / 60:.0f} min",
                 )
-            protected: set[str] = set()
-            for key in others:
-                with suppress(ValueError, TypeError, AttributeError):
-                    protected |= set(json.loads(self._read(key) or b"{}").get("blobs", ()))
-            yield Removal(lease, now, protected)
+            removal = Removal(lease, found.now_s)
+            for key in found.of(_WRITE):
+                if (data := self._read(key)) is not None:  # else its work is done, and will be seen
+                    removal.protect(key, data)
+            self.objects.delete(found.over)
+            yield removal
         finally:
             with suppress(LlmoptError):
                 lease.end()
@@ -199,53 +241,108 @@ class Remote:
     def _read(self, key: str) -> bytes | None:
         return self.objects.read(key, most=MAX_MANIFEST_BYTES)
 
-    def _leases(self, own: Lease) -> tuple[float, list[str]]:
-        """The time there, and the leases of others that still count."""
+    def _leases(self, own: Lease) -> _Leases:
+        """Those of others, and the time there."""
         found = {each.key: each.modified_s for each in self.objects.list(f"{layout.LEASES}/")}
-        now = found.get(own.key, 0.0) or self.objects.now()
-        return now, [
-            key
-            for key, modified_s in found.items()
-            if key != own.key and _kind(key) in (_WRITE, _REMOVE) and now - modified_s < LEASE_S
-        ]
+        now_s = found.pop(own.key, 0.0) or self.objects.now()
+        counts = [key for key, modified_s in found.items() if now_s - modified_s < LEASE_S.get(_kind(key), 0.0)]
+        kinds = (*LEASE_S, *_PASSING)
+        over = [key for key, at_s in found.items() if _kind(key) in kinds and now_s - at_s > 2 * max(LEASE_S.values())]
+        return _Leases(now_s, counts, over)
 
-    def _wait_for_removal(self, lease: Lease) -> None:
+    def _wait_for_removal(self, lease: Lease, progress: Progress) -> None:
+        """Until those end that have begun before the lease was there; those that begin now see it."""
+        waiting = set(self._leases(lease).of(_REMOVE))
+        if waiting:
+            progress(f"waiting for `llmopt store gc`, which is at work in `{self.url}`")
         give_up = time.monotonic() + _WAIT_S
-        while any(_kind(key) == _REMOVE for key in self._leases(lease)[1]):
+        while waiting:
             if time.monotonic() > give_up:
                 raise LlmoptError(
                     f"`llmopt store gc` has been at work in `{self.url}` for long", hint="try again later"
                 )
-            time.sleep(1.0)
-            lease.renew(now=True)
+            time.sleep(_LOOK_S)
+            lease.write()  # whose time tells what the time is there
+            waiting &= set(self._leases(lease).of(_REMOVE))
+
+
+@dataclass(frozen=True, slots=True)
+class _Leases:
+    now_s: float
+    counts: list[str]  # the keys of those that count still
+    over: list[str]  # of those that have not for long
+
+    def of(self, kind: str) -> list[str]:
+        return [key for key in self.counts if _kind(key) == kind]
 
 
 class Lease:
-    """An object that says who is at work, by the server's clock."""
+    """An object that says who is at work. It is written again in the background until it ends."""
 
     def __init__(self, objects: Objects, kind: str, about: dict[str, Json]) -> None:
         self.key = f"{layout.LEASES}/{kind}-{os.urandom(8).hex()}.json"
-        self._objects = objects
+        self._objects, self._lasts_s = objects, LEASE_S[kind]
         self._data = canonical_json({"schema": "llmopt.lease/1", **about})
-        self._written_s = 0.0
-        self.renew(now=True)
+        self._written_s, self._lost = _clock_s(), False
+        self.write()
+        self._ended = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, daemon=True, name="llmopt-lease")
+        self._renewing.start()
 
-    def renew(self, *, now: bool = False) -> None:
-        """To be called every now and then by who works long."""
-        if now or time.monotonic() - self._written_s > _RENEW_S:
-            self._objects.write(self.key, self._data)
-            self._written_s = time.monotonic()
+    def write(self) -> None:
+        """Unless it may have run out: then others have taken what it said for void, and it cannot be had back."""
+        self.check()
+        at_s = _clock_s()
+        self._objects.write(self.key, self._data)
+        self._written_s = at_s
+
+    def check(self) -> None:
+        """Raise LlmoptError if it may have run out, because this process or the network stood still."""
+        self._lost = self._lost or _clock_s() - self._written_s > _MARGIN * self._lasts_s
+        if self._lost:
+            raise LlmoptError(
+                f"this process stood still for more than {_MARGIN * self._lasts_s / 60:.0f} minutes",
+                hint="run the command again: it goes on where it stopped",
+            )
+
+    renew = check
 
     def end(self) -> None:
+        self._ended.set()
+        self._renewing.join()
         self._objects.delete([self.key])
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._lasts_s / _RENEWALS):
+            with suppress(LlmoptError):
+                self.write()
 
 
 class Removal:
-    """What a removal may go by: the time there, and the blobs that writers at work have need of."""
+    """What a removal may go by: the time there, and the artifacts and blobs that writers at work have need of."""
 
-    def __init__(self, lease: Lease, now_s: float, protected: set[str]) -> None:
-        self.now_s, self.protected = now_s, protected
-        self.renew = lease.renew
+    def __init__(self, lease: Lease, now_s: float) -> None:
+        self.now_s = now_s
+        self.blobs: set[str] = set()
+        self.artifacts: set[str] = set()
+        self.check = lease.check
+
+    def protect(self, key: str, data: bytes) -> None:
+        """What a writer's lease names."""
+        try:
+            about = json.loads(data)
+            self.blobs |= {str(sha256) for sha256 in about["blobs"]}
+            self.artifacts |= {str(artifact) for artifact in about["artifacts"]}
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise LlmoptError(
+                f"a writer is at work, and what its lease `{key}` says cannot be read",
+                hint=f"try again later: it counts for {LEASE_S[_WRITE] / 60:.0f} min after the writer's end",
+            ) from None
+
+
+def _clock_s() -> float:
+    """Goes on while the machine sleeps, where there is such a clock."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _kind(key: str) -> str:
@@ -253,8 +350,8 @@ def _kind(key: str) -> str:
 
 
 def _ours(key: str) -> bool:
-    folders = (*(f"{each.partition('/')[0]}/" for each in layout.ALL), "tmp/", "trees/", "begun/")
-    return key.startswith(folders) or key in (layout.MARKER, "verified")
+    folders = {each.partition("/")[0] for each in (*layout.ALL, *layout.ON_DISK)}
+    return key.partition("/")[0] in folders or key == layout.MARKER
 
 
 def _artifact(data: bytes, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from llmopt.artifacts import layout, signing
 from llmopt.artifacts.disk import cache_home
 from llmopt.artifacts.keys import PublicKey
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, Action, Manifest
-from llmopt.artifacts.objects import is_s3
+from llmopt.artifacts.objects import GoneError, is_s3
 from llmopt.artifacts.outcome import Json, Progress, silent
 from llmopt.artifacts.remote import Remote
 from llmopt.artifacts.store import Store, is_abbreviated, the_one
-from llmopt.errors import CorruptError, LlmoptError
+from llmopt.errors import CorruptError, LlmoptError, SettingsError
+
+_AT_ONCE = 16
 
 
 def open_store(
@@ -39,9 +42,15 @@ def open_store(
     one of these keys. `cache_bytes` bounds what of a store on S3 stays on this disk.
     """
     if location is not None and is_s3(location):
+        if remote is not None:
+            raise SettingsError(
+                f"`--remote {remote}` goes with a store on this disk, and `{location}` is on S3",
+                hint="give one of them",
+            )
+        place = Remote.open(location)
         return SharedStore(
-            _cache_of(location),
-            Remote.open(location),
+            _cache_of(place),
+            place,
             own=True,
             push=True,
             trust=trust,
@@ -77,6 +86,7 @@ class SharedStore(Store):
         self.own, self._push, self._trust, self._cache_bytes = own, push, tuple(trust), cache_bytes
         self._progress = progress
         self._lost = False  # a cache that does not answer is not asked again
+        self._damaged_there: set[str] = set()  # to be put right there once they are made again
         if own:
             self.url = remote.url
 
@@ -84,7 +94,9 @@ class SharedStore(Store):
 
     def put(self, folder: Path, **about: Any) -> Manifest:
         manifest = super().put(folder, **about)
+        self._unsigned(manifest.id).unlink(missing_ok=True)
         self._send(manifest.id)
+        self.make_room(manifest.id)
         return manifest
 
     def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
@@ -93,31 +105,35 @@ class SharedStore(Store):
         super().attach(artifact, envelope)
         self._send(artifact)
 
-    def set_name(self, name: str, artifact: str) -> None:
+    def set_name(self, name: str, artifact: str) -> str | None:
         if not self.own:
-            super().set_name(name, artifact)
-            return
+            return super().set_name(name, artifact)
         layout.check_name(name)
-        if not self.remote.has(artifact):
+        with self.remote.writing((), [artifact], self._progress):  # so that it stays until it has its name
             self.send(artifact)
-        for line in told_of_name(self.remote, name, self.remote.set_name(name, artifact)):
+            before = self.remote.set_name(name, artifact)
+        for line in told_of_name(self.remote, name, before):
             self._progress(line)
+        return before
 
     # -- finding
 
     def find(self, key: str) -> Manifest | None:
+        found, damage = None, None
         try:
-            found = super().find(key)
+            found = self._find_here(key)
         except CorruptError as error:
-            if not self._fetch_result(key):
-                raise
-            self._progress(f"damaged here, and had again from `{self.remote.url}`: {error.message}")
-            found = super().find(key)
-        if found is None and self._fetch_result(key):
-            found = super().find(key)
-        elif found is not None:
-            self._send(found.id, unless_there=True)
-        return found
+            damage = error
+        if found is not None:
+            self.send(found.id)
+            return found
+        if not self._fetch_result(key):
+            if damage is not None:
+                raise damage
+            return None
+        if damage is not None:
+            self._progress(f"damaged here, and had again from `{self.remote.url}`: {damage.message}")
+        return self.here.find(key)
 
     def results(self, key: str) -> list[str]:
         here = super().results(key)
@@ -136,10 +152,15 @@ class SharedStore(Store):
                     yield manifest.action
 
     def get(self, artifact: str) -> Manifest:
-        if self.has(artifact):
-            return super().get(artifact)
-        found = self._ask(lambda: self.remote.get(artifact), None)
-        return super().get(artifact) if found is None else found
+        try:
+            if self.has(artifact):
+                return super().get(artifact)
+        except CorruptError:
+            if (there := self._get_there(artifact)) is None:
+                raise
+            return there
+        there = self._get_there(artifact)
+        return super().get(artifact) if there is None else there
 
     def statements(self, artifact: str) -> list[dict[str, Json]]:
         here = super().statements(artifact)
@@ -153,7 +174,7 @@ class SharedStore(Store):
         data = self.remote.objects.read(layout.blob(entry.sha256), most=MAX_MANIFEST_BYTES)
         if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise CorruptError(
-                f"`{path}` of `{manifest.id}` is damaged in `{self.remote.url}`", hint="verify the store"
+                f"`{path}` of `{manifest.id}` is damaged in `{self.remote.url}`", hint="see `llmopt store verify`"
             )
         return data
 
@@ -170,15 +191,18 @@ class SharedStore(Store):
         def get(artifact: str) -> Manifest | None:
             try:
                 return self.get(artifact)
-            except CorruptError:  # `ids` and `verify` tell
+            except LlmoptError:  # damaged: `ids` and `verify` tell
                 return None
 
-        with ThreadPoolExecutor(16) as threads:
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
             found = zip(threads.map(get, (artifact for artifact, _ in listed)), listed, strict=True)
             return [(manifest, each.modified_s) for manifest, (_, each) in found if manifest is not None]
 
     def names(self) -> dict[str, str]:
         return self.remote.names() if self.own else super().names()
+
+    def broken_names(self) -> dict[str, str]:
+        return self.remote.broken_names(self.ids()) if self.own else super().broken_names()
 
     def resolve(self, reference: str) -> str | None:
         here = None if self.own else super().resolve(reference)
@@ -201,59 +225,159 @@ class SharedStore(Store):
         self.fetch(artifact)
         return super().path(artifact)
 
+    def verify(self, artifact: str) -> list[str]:
+        """Of what is on this disk, once what is missing or damaged here has been fetched."""
+        try:
+            self.fetch(artifact)
+        except CorruptError as error:
+            return [error.message]
+        return super().verify(artifact)
+
     def export(self, artifact: str, dest: Path) -> None:
         self.fetch(artifact)
         super().export(artifact, dest)
 
     # -- the other
 
-    def fetch(self, artifact: str) -> None:
-        """Bring an artifact to this disk, as far as it is not there. What is not signed as it must be is refused."""
-        self.leases.take(layout.digest(artifact))
-        if self.has(artifact):
-            manifest = super().get(artifact)
-            if all(self.has_blob(entry) for entry in manifest.files):
-                return
-        from llmopt.artifacts.transfer import pull
+    @cached_property
+    def here(self) -> Store:
+        """This disk alone, of which the two know the same."""
+        here = Store(self.root, verify_full=self._verify_full)
+        here.leases, here._verified, here._fresh = self.leases, self._verified, self._fresh
+        return here
 
-        manifest_there = self._ask(lambda: self.remote.get(artifact), None)
-        if manifest_there is None:
-            return  # as far as it is anywhere, it is here
-        self._require(manifest_there)
-        pull(self, artifact, self.remote, self._progress)
-        self._evict(layout.digest(artifact))
+    def fetch(self, artifact: str) -> bool:
+        """What is not signed as it must be is refused, also if it came here when it need not have been."""
+        self.leases.take(layout.digest(artifact))
+        if self._is_whole(artifact):
+            if self._is_refused(artifact):
+                self._require(self.here.get(artifact))
+                self._unsigned(artifact).unlink(missing_ok=True)
+            return True
+        manifest = self._get_there(artifact)
+        if manifest is None:
+            return False
+        self._require(manifest)
+        return self._pull(manifest)
 
     def send(self, artifact: str) -> None:
-        from llmopt.artifacts.transfer import push
+        if self._push and (artifact in self._damaged_there or not self._ask(lambda: self.remote.has(artifact), True)):
+            self._send(artifact)
 
-        push(self, artifact, self.remote, self._progress)
+    def make_room(self, artifact: str) -> None:
+        """Of a cache that got too large, remove what was used longest ago, can be had again and nobody uses."""
+        if self._cache_bytes is None or not self.own:
+            return
+        from llmopt.artifacts.local import evict
+        from llmopt.artifacts.plain import sources
 
-    def _send(self, artifact: str, *, unless_there: bool = False) -> None:
-        if self._push and not self._lost:
-            if unless_there and self._ask(lambda: self.remote.has(artifact), True):
-                return
-            self._ask(lambda: self.send(artifact), None)
-            self._evict(layout.digest(artifact))
+        try:
+            evict(
+                self.here,
+                self._cache_bytes,
+                self.remote,
+                self._progress,
+                keep=(layout.digest(artifact),),
+                elsewhere=lambda: sources(self.root),
+            )
+        except LlmoptError as error:  # it is there, and there will be other times
+            self._progress(f"the cache may be larger than it should be: {error.message}")
+
+    # -- within
+
+    def _send(self, artifact: str) -> None:
+        """All that is known about it here, and its files as far as they are not there, or damaged there."""
+        if not self._push:
+            return
+        from llmopt.artifacts import transfer, verify
+
+        def send() -> None:
+            damaged = verify.problems(self.remote, artifact) if artifact in self._damaged_there else {}
+            transfer.push(self.here, artifact, self.remote, self._progress, replace=tuple(damaged))
+            self._damaged_there.discard(artifact)
+
+        self._ask(send, None)
+
+    def _find_here(self, key: str) -> Manifest | None:
+        """One that came here unsigned is not taken any more once it must be signed."""
+        found = self.here.find(key)
+        if found is not None and self._is_refused(found.id):
+            try:
+                self.fetch(found.id)
+            except CorruptError as error:
+                self._progress(f"not used, though it is on this disk: {error.message}")
+                return None
+        return found
 
     def _fetch_result(self, key: str) -> bool:
         """Bring the newest result that the other has of an action; whether there is one to be used."""
         for artifact in reversed(self._ask(lambda: self.remote.results(key), [])):
             try:
-                manifest = self._ask(lambda artifact=artifact: self.remote.get(artifact), None)  # type: ignore[misc]
+                manifest = self._get_there(artifact)
                 if manifest is None or manifest.action is None or manifest.action.key != key:
                     continue
-                self.fetch(artifact)
-                return True
+                self._require(manifest)
             except CorruptError as error:
+                self._progress(f"not used from `{self.remote.url}`: {error.message}")
+                continue
+            try:
+                if self._pull(manifest):
+                    return True
+            except CorruptError as error:
+                self._damaged_there.add(artifact)
                 self._progress(f"not used from `{self.remote.url}`: {error.message}")
         return False
 
-    def _require(self, manifest: Manifest) -> None:
-        if self._trust:
-            signing.require(manifest, self._envelopes_there(manifest.id), self._trust)
+    def _pull(self, manifest: Manifest) -> bool:
+        """CorruptError for what is there and damaged, or is there in part only."""
+        from llmopt.artifacts import transfer
 
-    def _envelopes_there(self, artifact: str) -> list[dict[str, Json]]:
-        return [value for value in self.remote.statements(artifact) if signing.is_envelope(value)]
+        def pull() -> bool:
+            if not self._trust:
+                self._mark(manifest.id)
+            try:
+                transfer.pull(self.here, manifest.id, self.remote, self._progress)
+            except GoneError as error:
+                raise CorruptError(error.message, hint=error.hint) from error
+            return True
+
+        done: bool = self._ask(pull, False)
+        if done:
+            if self._trust:
+                self._unsigned(manifest.id).unlink(missing_ok=True)
+            self.make_room(manifest.id)
+        return done
+
+    def _is_whole(self, artifact: str) -> bool:
+        try:
+            return self.has(artifact) and not self._blob_problems(self.here.get(artifact).files)
+        except CorruptError:
+            return False
+
+    def _unsigned(self, artifact: str) -> Path:
+        """Is there for what came from elsewhere when nobody asked for a signature."""
+        return self.root / "unsigned" / layout.digest(artifact)
+
+    def _is_refused(self, artifact: str) -> bool:
+        return bool(self._trust) and self._unsigned(artifact).exists()
+
+    def _mark(self, artifact: str) -> None:
+        """Not what was made here too."""
+        if not self.has(artifact):
+            with self._writing():
+                self._unsigned(artifact).parent.mkdir(parents=True, exist_ok=True)
+                self._unsigned(artifact).touch()
+
+    def _require(self, manifest: Manifest) -> None:
+        """CorruptError unless one of the keys vouches for it, by what is said of it here or there."""
+        if self._trust:
+            there = self._ask(lambda: self.remote.statements(manifest.id), [])
+            envelopes = [value for value in there if signing.is_envelope(value)]
+            signing.require(manifest, [*self.here.envelopes(manifest.id), *envelopes], self._trust)
+
+    def _get_there(self, artifact: str) -> Manifest | None:
+        found: Manifest | None = self._ask(lambda: self.remote.get(artifact), None)
+        return found
 
     def _ask(self, work: Callable[[], Any], otherwise: Any) -> Any:
         """A store that does not answer is an error; a shared cache that does not is done without."""
@@ -261,7 +385,7 @@ class SharedStore(Store):
             return otherwise
         try:
             return work()
-        except CorruptError:
+        except (CorruptError, SettingsError):
             raise
         except LlmoptError as error:
             if self.own:
@@ -269,14 +393,6 @@ class SharedStore(Store):
             self._lost = True
             self._progress(f"going on without the shared cache `{self.remote.url}`: {error.message}")
             return otherwise
-
-    def _evict(self, newest: str) -> None:
-        """Of a cache that got too large, remove what was used longest ago, is in the store and in use by nobody."""
-        if self._cache_bytes is None or not self.own:
-            return
-        from llmopt.artifacts.local import evict
-
-        evict(self, self._cache_bytes, self.remote, self._progress, keep=(newest,))
 
 
 def told_of_name(remote: Remote, name: str, before: str | None) -> Iterator[str]:
@@ -294,6 +410,8 @@ def trusted_keys(text: str | None) -> tuple[PublicKey, ...]:
     return tuple(read_public(file) for file in (text or "").split(":") if file)
 
 
-def _cache_of(url: str) -> Path:
-    name = url.removeprefix("s3://").strip("/").replace("/", "-")[:40]
-    return cache_home() / "stores" / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
+def _cache_of(remote: Remote) -> Path:
+    """A folder for each bucket and prefix of each server."""
+    place = f"{getattr(getattr(remote.objects, 'access', None), 'endpoint', '')}\n{remote.url}"
+    name = remote.url.removeprefix("s3://").replace("/", "-")[:40]
+    return cache_home() / "stores" / f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:12]}"

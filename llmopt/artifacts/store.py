@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import chunks, disk, layout, signing, trees
+from llmopt.artifacts import chunks, disk, layout, signing, trees, verified
 from llmopt.artifacts.digest import in_parallel, seal, sha256_file
 from llmopt.artifacts.export import copy_out
 from llmopt.artifacts.keys import SigningKey
@@ -126,8 +126,9 @@ class Store:
             self._publish(
                 manifest, files, {entry.sha256: parts for entry, parts in sealed.values() if parts}, aside, attestation
             )
-            for path in files:  # theirs no more: until here a crash leaves the folder as it was
-                (folder / path).unlink()
+            for entry in manifest.files:  # theirs no more: until here a crash leaves the folder as it was
+                self._unlink(folder / entry.path, entry)
+            self._record(manifest.files)
         return manifest
 
     def adopt(self, manifest: Manifest, files: Mapping[str, Path], parts: Mapping[str, tuple[str, ...]]) -> None:
@@ -137,8 +138,10 @@ class Store:
         lies on the store's disk. `parts` are the chunk digests of the large ones.
         """
         with self._writing(), self._aside() as aside:
-            here = {entry.path: files[entry.sha256] for entry in manifest.files if entry.sha256 in files}
+            left = dict(files)
+            here = {entry.path: left.pop(entry.sha256) for entry in manifest.files if entry.sha256 in left}
             self._publish(manifest, here, parts, aside, None)
+            self._record(manifest.files)
 
     def _publish(
         self,
@@ -151,16 +154,14 @@ class Store:
         """Blobs first, then the manifest with what lies beside it, then the action."""
         data = Manifest.from_bytes(manifest.to_bytes()).to_bytes()  # what cannot be read back is not written
         with self.leases.publishing():
+            self.leases.take(manifest.hex, published=True)
             for entry in manifest.files:
                 if entry.path in files:
                     self._add_blob(files[entry.path], entry)
                 elif (problem := self._blob_problem(entry)) is not None:
                     raise CorruptError(f"`{entry.path}` of `{manifest.id}` {problem}", hint="run the command again")
             disk.sync_folders([self.blob(entry.sha256) for entry in manifest.files], self.root)
-            self._record(manifest.files)
-            beside = chunks.to_bytes(parts)
-            if parts and _read(self.root / layout.chunks(manifest.hex)) != beside:
-                disk.publish(beside, self.root / layout.chunks(manifest.hex), aside=aside, root=self.root)
+            self._put_chunks(manifest.hex, parts, aside)
             if _read(self._manifest(manifest.hex)) != data:
                 disk.publish(data, self._manifest(manifest.hex), aside=aside, root=self.root)
             else:  # whoever wrote it may have been cut off before this
@@ -171,12 +172,15 @@ class Store:
                 target = self.root / layout.action(manifest.action.key, manifest.hex)
                 disk.publish(action_result(manifest), target, aside=aside, root=self.root)
 
-    def set_name(self, name: str, artifact: str) -> None:
-        """Let `name` stand for an artifact of this store from now on."""
+    def set_name(self, name: str, artifact: str) -> str | None:
+        """Let `name` stand for an artifact of this store from now on; what it stood for before, if anything else."""
         layout.check_name(name)
-        with self._writing(), self._aside() as aside, self.leases.publishing():
-            data = f"{self.get(artifact).id}\n".encode()
+        with self._writing(), self._aside() as aside, self.leases.publishing(), disk.locked(self.root / disk.SWAP):
+            data, before = f"{self.get(artifact).id}\n".encode(), None
+            with suppress(CorruptError):
+                before = self._named(name)
             disk.publish(data, self.root / layout.name(name), aside=aside, root=self.root)
+        return None if before == artifact else before
 
     # -- finding
 
@@ -234,14 +238,15 @@ class Store:
     def statements(self, artifact: str) -> list[dict[str, Json]]:
         """All that lies beside an artifact, bare or in envelopes, oldest first."""
         folder = self.root / layout.attestation(layout.digest(artifact))
-        found = [_json(folder / f"{name}.json") for _, name in sorted(_dated(folder))]
-        return [value for value in found if value is not None]
+        whole = [file for _, name in sorted(_dated(folder)) if _is_whole(file := folder / f"{name}.json")]
+        return [value for value in map(_json, whole) if value is not None]
 
     def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
         """Keep a statement beside the artifact of this store that it is about; CorruptError if it is about another."""
         manifest = self.get(artifact)
         signing.check_about(signing.unwrap(envelope), manifest)
-        with self._writing(), self._aside() as aside:
+        with self._writing(), self._aside() as aside, self.leases.publishing():
+            self.get(artifact)  # which may have been removed
             self._attest(manifest, canonical_json(dict(envelope)), aside)
 
     def read(self, manifest: Manifest, path: str) -> bytes | None:
@@ -277,6 +282,19 @@ class Store:
                     found[name] = artifact
         return found
 
+    def broken_names(self) -> dict[str, str]:
+        """Names that stand for nothing, and why: something has damaged them."""
+        found: dict[str, str] = {}
+        for name in filter(layout.NAME.fullmatch, _names(self.root / layout.NAMES)):
+            try:
+                artifact = self._named(name)
+            except CorruptError as error:
+                found[name] = error.message
+            else:
+                if artifact is not None and not self.has(artifact):
+                    found[name] = f"the name `{name}` stands for `{artifact}`, which is not there"
+        return found
+
     def resolve(self, reference: str) -> str | None:
         """The full id for an id, for 8 or more of its digits (with or without `sha256:`), or for a name.
 
@@ -298,11 +316,12 @@ class Store:
         self._verify_blobs(manifest)
         tree = self._tree(manifest)
         if self._tree_faults(manifest) != trees.NO_FAULTS:
-            before = {entry.sha256: self._status(entry) for entry in manifest.files}
-            with self._writing(needs=manifest.size), self._aside() as aside:
+            with (
+                self._writing(needs=manifest.size),
+                self.relinking(entry.sha256 for entry in manifest.files),
+                self._aside() as aside,
+            ):
                 trees.repair(tree, manifest, self._stored, aside)
-            for entry in manifest.files:  # a link changes the times of what it links to
-                self._verified.renew(entry.sha256, before[entry.sha256], self._status(entry))
             if self._tree_faults(manifest) != trees.NO_FAULTS:
                 raise CorruptError(f"`{tree}` is being changed by someone else", hint="nothing may write to the store")
         return tree
@@ -316,6 +335,7 @@ class Store:
         for entry in manifest.files:
             self._verified.forget(entry.sha256)
         problems = [f"`{entry.path}` {problem}" for entry, problem in self._blob_problems(manifest.files, here=True)]
+        problems += self._problems_beside(manifest)
         tree = self._tree(manifest)
         if os.path.lexists(tree) and not problems:  # a tree is compared with its blobs, so only once these are right
             odd, changed = self._tree_faults(manifest)
@@ -344,6 +364,46 @@ class Store:
     def chunks(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         """The chunk digests of its large files by their sha256, as far as they are known."""
         return chunks.from_bytes(_read(self.root / layout.chunks(manifest.hex)))
+
+    def distrust(self, sha256s: Iterable[str]) -> None:
+        """These files have been found damaged, though they may look as they did: they are read before they are used."""
+        self._verified.spoil(sha256s)
+
+    @contextmanager
+    def relinking(self, sha256s: Iterable[str]) -> Iterator[None]:
+        """What is known of these files stays known, though links to them come or go, which changes their times."""
+        before: dict[str, os.stat_result] = {}
+        for sha256 in sha256s:
+            with suppress(OSError):
+                if self._verified.holds(sha256, status := self.blob(sha256).lstat()):
+                    before[sha256] = status
+        yield
+        after: dict[str, tuple[os.stat_result, os.stat_result]] = {}
+        for sha256, status in before.items():
+            with suppress(OSError):
+                after[sha256] = status, self.blob(sha256).lstat()
+        self._verified.renew(after)
+
+    def forget_removed(self) -> None:
+        """Of what was read through, keep in mind what is still there."""
+        self._verified.compact()
+
+    # -- of a store that has its artifacts, or more of them, elsewhere; see `SharedStore`
+
+    @property
+    def here(self) -> Store:
+        """What of the store is on this disk."""
+        return self
+
+    def fetch(self, artifact: str) -> bool:
+        """Have all of an artifact on this disk; whether it is there. CorruptError for one that cannot be trusted."""
+        return self.has(artifact)
+
+    def send(self, artifact: str) -> None:
+        """Have an artifact that is on this disk where the store keeps its artifacts, if that is elsewhere."""
+
+    def make_room(self, artifact: str) -> None:
+        """To be called when an artifact has come to this disk: others may have to leave it."""
 
     # -- within
 
@@ -394,10 +454,39 @@ class Store:
             file.unlink()
             return
         blob.parent.mkdir(parents=True, exist_ok=True)
-        if blob.is_dir():
+        if blob.is_dir() and not blob.is_symlink():
             disk.remove(blob)
         file.replace(blob)
         self._fresh[entry.sha256] = blob.lstat()
+
+    def _unlink(self, staged: Path, entry: FileEntry) -> None:
+        """Remove what may be a link to a blob, whose times that changes."""
+        blob = self.blob(entry.sha256)
+        before = blob.lstat()
+        staged.unlink()
+        if (fresh := self._fresh.get(entry.sha256)) is not None and verified.same(fresh, before):
+            self._fresh[entry.sha256] = blob.lstat()
+
+    def _put_chunks(self, digest: str, parts: Mapping[str, tuple[str, ...]], aside: Path) -> None:
+        file, data = self.root / layout.chunks(digest), chunks.to_bytes(parts)
+        there = _read(file)
+        if parts and there != data:
+            disk.publish(data, file, aside=aside, root=self.root)
+        elif there is not None and not parts and not chunks.are_whole(there):
+            file.unlink(missing_ok=True)  # then each file is compared as a whole
+
+    def _problems_beside(self, manifest: Manifest) -> Iterator[str]:
+        """What is damaged of what is known about an artifact. None of it is used then."""
+        if not chunks.are_whole(_read(self.root / layout.chunks(manifest.hex)) or b"{}"):
+            yield f"`{layout.chunks(manifest.hex)}` is damaged"
+        folder = layout.attestation(manifest.hex)
+        for _, name in _dated(self.root / folder):
+            if not _is_whole(self.root / folder / f"{name}.json"):
+                yield f"`{folder}/{name}.json` is damaged"
+        if manifest.action is not None:
+            file = layout.action(manifest.action.key, manifest.hex)
+            if _read(self.root / file) not in (None, action_result(manifest)):
+                yield f"`{file}` is damaged"
 
     def _attest(self, manifest: Manifest, data: bytes, aside: Path) -> None:
         name = hashlib.sha256(data).hexdigest()
@@ -425,24 +514,29 @@ class Store:
                 return "is not a regular file"
             if found.st_size != entry.size:
                 return f"has {found.st_size} bytes, not {entry.size}"
+            fresh = self._fresh.get(entry.sha256)
+            if fresh is not None and verified.same(fresh, found):
+                return None
             if self._verified.holds(entry.sha256, found, here=here or self._verify_full):
                 return None
+            settled = self._verified.settle(found)
             if sha256_file(blob) != entry.sha256:
+                self._verified.spoil([entry.sha256])
                 return "has changed bytes"
         except (FileNotFoundError, NotADirectoryError):
             return "is missing"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        self._fresh[entry.sha256] = found
+        if settled:
+            self._fresh[entry.sha256] = found
         return None
 
     def _record(self, entries: Iterable[FileEntry]) -> None:
         """Remember that those of these files that were just read through are right."""
         found = {entry.sha256: self._fresh.pop(entry.sha256) for entry in entries if entry.sha256 in self._fresh}
         self._verified.record(found)
-
-    def _status(self, entry: FileEntry) -> os.stat_result:
-        return self.blob(entry.sha256).lstat()
+        if self._verified.is_long():
+            self._verified.compact()
 
     def _tree_faults(self, manifest: Manifest) -> trees.Faults:
         return trees.find_faults(self._tree(manifest), manifest, self._stored)
@@ -543,6 +637,12 @@ def _read(file: Path) -> bytes | None:
         return None
     except OSError as error:
         raise LlmoptError(f"`{file}` cannot be read: {error.strerror}", hint=f"use another `{_OPTION}`") from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is the one that its name says."""
+    data = _read(file)
+    return data is not None and hashlib.sha256(data).hexdigest() == layout.hex_of(file.name)
 
 
 def _json(file: Path) -> dict[str, Json] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmopt.artifacts import chunks, layout
 from llmopt.artifacts.export import new_folder
-from llmopt.artifacts.manifest import canonical_json
+from llmopt.artifacts.manifest import Manifest, canonical_json
 from llmopt.artifacts.meter import Meter, Moved
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.artifacts.receiving import Wanted, receive
@@ -33,9 +33,10 @@ def push(
     """
     manifest = store.get(artifact)
     entries = list({entry.sha256: entry for entry in manifest.files}.values())
-    with remote.writing([entry.sha256 for entry in entries]) as lease:
+    inputs = () if manifest.action is None else manifest.action.inputs.values()
+    with remote.writing([entry.sha256 for entry in entries], [artifact, *inputs], progress) as lease:
         meter = Meter(progress, "push", f"pushing to {remote.url}")
-        if replace or not remote.has(artifact):
+        if replace or not remote.holds(manifest):
             parts = store.chunks(manifest)
             outgoing = Outgoing(
                 store=store,
@@ -49,8 +50,7 @@ def push(
             outgoing.send(entries)
             if parts:
                 remote.add(layout.chunks(manifest.hex), chunks.to_bytes(parts))
-            if manifest.hex in replace:
-                remote.objects.write(layout.manifest(manifest.hex), manifest.to_bytes())
+            lease.check()  # all that was there when this asked is there still
             remote.add(layout.manifest(manifest.hex), manifest.to_bytes())
         for statement in map(canonical_json, store.statements(artifact)):
             remote.add(layout.attestation(manifest.hex, hashlib.sha256(statement).hexdigest()), statement)
@@ -64,21 +64,30 @@ def pull(store: Store, artifact: str, remote: Remote, progress: Progress = silen
     manifest = remote.get(artifact)
     if manifest is None:
         raise LlmoptError(f"no artifact `{artifact}` in the store `{remote.url}`", hint="`llmopt store ls --store URL`")
-    entries = {entry.sha256: entry for entry in manifest.files}
     meter = Meter(progress, "pull", f"pulling from {remote.url}")
+    try:
+        _take(store, manifest, remote, meter)
+    except CorruptError:  # what was here may just have been removed, with an artifact that nobody needed
+        _take(store, manifest, remote, meter)
+    for statement in remote.statements(artifact):
+        with suppress(CorruptError):  # one that is about something else tells nothing
+            store.attach(artifact, statement)
+    return meter.end()
+
+
+def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> None:
+    """Fetch the files that are not here, and have them as the artifact."""
+    entries = {entry.sha256: entry for entry in manifest.files}
     missing = [entry for entry in entries.values() if not store.has_blob(entry)]
-    parts = chunks.from_bytes(remote.chunks(manifest)) if any(e.size > chunks.CHUNK_BYTES for e in missing) else {}
+    parts = store.chunks(manifest)
+    if any(entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts for entry in entries.values()):
+        parts |= {sha: found for sha, found in chunks.from_bytes(remote.chunks(manifest)).items() if sha in entries}
     with store.stage(manifest.hex) as folder:
         wanted = [
             Wanted(layout.blob(e.sha256), e.size, folder / e.sha256, e.sha256, parts.get(e.sha256, ())) for e in missing
         ]
         receive(remote.objects, wanted, meter)
-        here = store.chunks(manifest) | {sha: parts[sha] for sha in entries if sha in parts}
-        store.adopt(manifest, {each.sha256: each.target for each in wanted if each.sha256}, here)
-    for statement in remote.statements(artifact):
-        with suppress(CorruptError):  # one that is about something else tells nothing
-            store.attach(artifact, statement)
-    return meter.end()
+        store.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 
 def pull_part(artifact: str, remote: Remote, dest: Path, include: Sequence[str], progress: Progress = silent) -> Moved:

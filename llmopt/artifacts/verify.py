@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts import chunks, layout
-from llmopt.artifacts.manifest import FileEntry, Manifest
+from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from llmopt.artifacts.objects import Objects
 from llmopt.artifacts.outcome import Progress, silent
+from llmopt.artifacts.store import action_result
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ _AT_ONCE = 8
 def problems(
     remote: Remote, artifact: str, *, share: float = 1.0, seed: int | None = None, progress: Progress = silent
 ) -> dict[str, str]:
-    """What is wrong with the files of an artifact, by their sha256; of its manifest, under its own digest.
+    """What is wrong with the files of an artifact, by their sha256; of its manifest, under its own digest; of what is
+    said about it, under the keys of these objects.
 
     With a `share` below 1, each chunk of a large file and each small file is read with that probability, and at least
     one of them; what is missing or of another size is found all the same.
@@ -41,7 +43,8 @@ def problems(
     picks = {entry: _pick(entry, parts.get(entry.sha256, ()), share, chance) for entry in entries}
     if not any(picks.values()):
         entry = chance.choice(entries)
-        picks[entry] = [chance.randrange(chunks.count(entry.size))]
+        count = chunks.count(entry.size)
+        picks[entry] = [chance.randrange(count)] if len(parts.get(entry.sha256, ())) == count else list(range(count))
     size = sum(span[1] - span[0] for entry in entries for span in _spans(entry, picks[entry]))
     progress(f"verifying {artifact[:19]}: {len(entries)} files, {size} bytes to read", stage="verify")
 
@@ -51,7 +54,7 @@ def problems(
 
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         found = zip(entries, threads.map(check, entries), strict=True)
-        return {entry.sha256: problem for entry, problem in found if problem is not None}
+        return {entry.sha256: problem for entry, problem in found if problem is not None} | _beside(remote, manifest)
 
 
 def by_path(manifest: Manifest, found: dict[str, str]) -> Iterator[str]:
@@ -59,6 +62,27 @@ def by_path(manifest: Manifest, found: dict[str, str]) -> Iterator[str]:
     for entry in manifest.files:
         if entry.sha256 in found:
             yield f"`{entry.path}` {found[entry.sha256]}"
+    yield from (f"`{key}` {problem}" for key, problem in found.items() if "/" in key)
+
+
+def _beside(remote: Remote, manifest: Manifest) -> dict[str, str]:
+    """What is damaged of what is known about an artifact. None of it is used then."""
+
+    def read(key: str) -> bytes | None:
+        return remote.objects.read(key, most=MAX_MANIFEST_BYTES)
+
+    damaged = []
+    if not chunks.are_whole(remote.chunks(manifest) or b"{}"):
+        damaged.append(layout.chunks(manifest.hex))
+    for found in remote.objects.list(f"{layout.attestation(manifest.hex)}/"):
+        digest = layout.hex_of(found.key)
+        if digest is not None and hashlib.sha256(read(found.key) or b"").hexdigest() != digest:
+            damaged.append(found.key)
+    if manifest.action is not None:
+        key = layout.action(manifest.action.key, manifest.hex)
+        if read(key) not in (None, action_result(manifest)):
+            damaged.append(key)
+    return dict.fromkeys(damaged, "is damaged")
 
 
 def _pick(entry: FileEntry, parts: Sequence[str], share: float, chance: random.Random) -> list[int]:

@@ -9,7 +9,6 @@ from llmopt.cli import options as opt
 from llmopt.errors import LlmoptError, SettingsError
 
 if TYPE_CHECKING:
-    from llmopt.artifacts.store import Store
     from llmopt.pipeline.inputs import Input
 
 if TYPE_CHECKING:
@@ -166,9 +165,9 @@ def bench(
     )
     delivery = Delivery(session, out=out, name=name, anew=True)
     forms = verdict.Forms(session, junit=junit, html=html, csv=csv)
-    subjects = {"candidate": _subject(session.store, subject)}
+    subjects = {"candidate": _subject(session, subject)}
     if against is not None:
-        subjects["baseline"] = inputs.subject(session.store, against)
+        subjects["baseline"] = inputs.subject(session.store, against, session.console.progress)
     settings = opt.settings(
         profile,
         "bench",
@@ -207,7 +206,7 @@ def bench(
     stage = stages.bench(
         subjects,
         settings,
-        tokenizer=None if tokenizer is None else inputs.resolve(session.store, tokenizer),
+        tokenizer=None if tokenizer is None else inputs.resolve(session.store, tokenizer, session.console.progress),
         baseline=inputs.report(session.store, baseline or settings.get("baseline")),
         store=session.store,
     )
@@ -222,13 +221,13 @@ def bench(
     return verdict.exit_code(result.metrics)
 
 
-def _subject(store: Store, reference: str) -> Input | str:
+def _subject(session: opt.Session, reference: str) -> Input | str:
     """What to load; a word that names nothing here and is all but the name of a subcommand is a slip."""
     from llmopt.cli.bench_tools import slip
     from llmopt.pipeline import inputs
 
     try:
-        return inputs.subject(store, reference)
+        return inputs.subject(session.store, reference, session.console.progress)
     except LlmoptError as error:
         hint = slip(reference)
         if type(error) is not LlmoptError or hint is None:

@@ -114,7 +114,9 @@ def calibrate(
         timeout_s=timeout,
         model=model,
     )
-    subjects = {side: inputs.subject(session.store, subject) for side in ("candidate", "baseline")}
+    subjects = {
+        side: inputs.subject(session.store, subject, session.console.progress) for side in ("candidate", "baseline")
+    }
     vocabulary = None if tokenizer is None else inputs.resolve(session.store, tokenizer)
     stage = stages.bench(subjects, settings | {"gate": False}, tokenizer=vocabulary, store=session.store)
     result = runner.run(session.store, stage, session.console.progress, anew=True, keep=delivery.keep)

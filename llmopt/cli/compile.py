@@ -159,7 +159,7 @@ def compile_(
             raise SettingsError(
                 "`--resume` needs to know what builds", hint="`--builder PYTHON` with tensorrt_llm, or `docker:IMAGE`"
             )
-        prepared = inputs.resolve(session.store, source)
+        prepared = inputs.resolve(session.store, source, session.console.progress, deny=deny_license or ())
         inputs.refuse_denied((prepared,), deny_license or ())
         result = plan.build_engine(session.store, prepared, with_builder, session.console.progress)
     else:
@@ -191,14 +191,15 @@ def _refuse_beside_validate(given: dict[str, Any]) -> None:
 def _validate(session: Session, source: str) -> int:
     """Check what was prepared for TensorRT-LLM, by whomever: its weights first, which says more than a digest does."""
     from llmopt.artifacts.manifest import MANIFEST_NAME
+    from llmopt.artifacts.objects import is_s3
     from llmopt.compilers.trt_llm.validate import validate
     from llmopt.pipeline import inputs
 
     folder = Path(source)
-    if not folder.is_dir() and "/" not in source:
-        folder = inputs.resolve(session.store, source).path
+    if is_s3(source) or (not folder.is_dir() and "/" not in source):
+        folder = inputs.resolve(session.store, source, session.console.progress).path
     report = validate(folder)
-    if (folder / MANIFEST_NAME).is_file():
+    if (folder / MANIFEST_NAME).is_file() and not is_s3(source):
         inputs.resolve(session.store, source)
     session.console.result("\n".join(report.lines()), {"folder": str(folder), **report.to_json()})
     return int(Exit.OK)

@@ -59,7 +59,7 @@ def check_destination(out: str, *, anew: bool = False) -> None:
     if is_s3(out):
         from llmopt.artifacts import plain
 
-        plain.check_out(out)
+        plain.check_out(out, anew=anew)
     else:
         check_out(Path(out), anew=anew)
 

@@ -27,7 +27,7 @@ def doctor(
         "platform": platform.platform(),
         "cpu": machine.cpu(),
         "memory": machine.memory(),
-        "store": machine.disk(session.store.root),
+        "store": {"url": session.store.url, **machine.disk(session.store.root)},
         "gpus": machine.gpus(),
         "packages": machine.packages(),
         "targets": machine.targets(TARGETS),
@@ -44,7 +44,11 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"             {' '.join(cpu['features']) or 'no features that matter here'}"
     limit = f", limited to {byte_size(memory['limit_bytes'])}" if memory["limit_bytes"] else ""
     yield f"memory       {byte_size(memory['available_bytes'])} of {byte_size(memory['total_bytes'])} available{limit}"
-    yield f"store        {store['path']}, {byte_size(store['free_bytes'])} free"
+    if store["url"] == store["path"]:
+        yield f"store        {store['path']}, {byte_size(store['free_bytes'])} free"
+    else:
+        yield f"store        {store['url']}"
+        yield f"             its cache here: {store['path']}, {byte_size(store['free_bytes'])} free"
     gpus = [f"{gpu['name']}, {gpu['memory_mib']} MiB, driver {gpu['driver']}" for gpu in report["gpus"]]
     yield f"gpu          {'; '.join(gpus) or 'none'}"
     for name, version in report["packages"].items():

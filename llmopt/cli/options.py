@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmopt.artifacts.objects import is_s3
 from llmopt.cli.console import Console, start
 from llmopt.errors import SettingsError
 
@@ -104,7 +105,7 @@ class Session:
     def store(self) -> Store:
         """Opened when first asked for, with what the environment says of trust and of the cache on this disk."""
         location = self.store_location or os.environ.get("LLMOPT_STORE") or None
-        if self.remote is None and not (location or "").startswith("s3://"):
+        if self.remote is None and not is_s3(location or ""):
             from llmopt.artifacts.store import Store
 
             store = Store(Store.open(location).root, verify_full=self.verify == "full")
@@ -116,7 +117,7 @@ class Session:
                 remote=self.remote,
                 push=self.push,
                 trust=trusted_keys(os.environ.get("LLMOPT_TRUST")),
-                cache_bytes=byte_size("LLMOPT_CACHE_SIZE", os.environ.get("LLMOPT_CACHE_SIZE") or None),
+                cache_bytes=byte_size("LLMOPT_CACHE_SIZE", os.environ.get("LLMOPT_CACHE_SIZE") or None, "="),
                 verify_full=self.verify == "full",
                 progress=self.console.progress,
             )
@@ -142,7 +143,7 @@ def session(
         raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
     if verify not in (None, "stat", "full"):
         raise SettingsError(f"`--verify` cannot be `{verify}`", hint="`stat` or `full`")
-    if push and remote is None:
+    if push and remote is None and not is_s3(store or os.environ.get("LLMOPT_STORE") or ""):
         raise SettingsError("`--push` needs to know where to", hint="`--remote s3://BUCKET/PREFIX`")
     signer = None
     if sign_key is not None:
@@ -219,7 +220,7 @@ def numbers(flag: str, text: str | None) -> list[float] | None:
         raise SettingsError(f"`{flag} {text}` is not a list of numbers", hint=f"for example `{flag} 2,8.5`") from None
 
 
-def byte_size(flag: str, text: str | None) -> int | None:
+def byte_size(flag: str, text: str | None, joint: str = " ") -> int | None:
     """`8GiB` or `500MB`, the value of `flag`, in bytes; a bare number counts bytes."""
     if text is None:
         return None
@@ -235,5 +236,7 @@ def byte_size(flag: str, text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
-        raise SettingsError(f"`{flag} {text}` is not a size", hint=f"for example `{flag} 8GiB` or `{flag} 500MB`")
+        raise SettingsError(
+            f"`{flag}{joint}{text}` is not a size", hint=f"for example `{flag}{joint}8GiB` or `{flag}{joint}500MB`"
+        )
     return size

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import options as opt
-from llmopt.errors import SettingsError
+from llmopt.errors import LlmoptError, SettingsError
 
 if TYPE_CHECKING:
     from llmopt.planner.choose import Limit, Option
@@ -69,14 +69,16 @@ def plan(
 ) -> None:
     """Say what fits where for MODEL, how fast it would be and what it would cost. Nothing is loaded or run.
 
-    MODEL is a folder, a config.json, ORG/NAME of the hub, an artifact, or a number of parameters: `70B`.
+    MODEL is a folder, s3://BUCKET/PREFIX, a config.json, ORG/NAME of the hub, an artifact, or a number of parameters:
+    `70B`.
     """
+    from llmopt.artifacts.objects import is_s3
     from llmopt.planner import choose, shape
     from llmopt.planner import precision as precisions
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     limits = _limits(slo or [])
-    of_model = shape.read(_located(session, model))
+    of_model = _of_prefix(model) if is_s3(model) else shape.read(_located(session, model))
     wanted = _workload(workload, prompt_tokens, output_tokens, concurrency, of_model.max_positions)
     rows = _rows(hardware, price or [], session)
     kinds = [precisions.find(name) for name in _list(precision)] or list(precisions.PRECISIONS.values())
@@ -93,6 +95,17 @@ def plan(
     chosen = choose.best(found)
     text = "\n".join(_text(of_model, wanted, limits, found, chosen, each_precision=hardware is not None))
     session.console.result(text, _report(of_model, wanted, limits, found, chosen))
+
+
+def _of_prefix(url: str) -> ModelShape:
+    """By the configuration alone of what lies below a prefix of a bucket."""
+    from llmopt.artifacts.plain import Prefix
+    from llmopt.planner import shape
+
+    with Prefix.open(url).small(("config.json", "hf_quant_config.json")) as folder:
+        if not (folder / "config.json").is_file():
+            raise LlmoptError(f"no `config.json` lies at `{url}`", hint="give the prefix that has it directly below it")
+        return shape.read(str(folder))
 
 
 def _located(session: opt.Session, model: str) -> str:

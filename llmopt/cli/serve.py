@@ -21,20 +21,22 @@ def serve(
     max_batch: Annotated[
         int | None, opt.option("--max-batch", metavar="N", help="Sequences computed at once; more wait.")
     ] = None,
+    remote: opt.Remote = None,
+    verify: opt.Verify = None,
     store: opt.StoreFolder = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Serve ENGINE (a folder, an artifact id or a name) until Ctrl-C, then finish what is in flight.
+    """Serve ENGINE until Ctrl-C, then finish what is in flight: a folder, s3://BUCKET/PREFIX, an artifact id or a name.
 
     Prints `ready URL` on stdout once it takes requests.
     """
     from llmopt import serve as server
     from llmopt.pipeline import inputs
 
-    session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
-    source = inputs.resolve(session.store, engine)
+    session = opt.session(store, json=json, quiet=quiet, verbose=verbose, remote=remote, verify=verify)
+    source = inputs.resolve(session.store, engine, session.console.progress)
     inputs.require(source, "serve", "engine")
     server.check(source.path, host, port)
 
@@ -46,7 +48,7 @@ def serve(
         source.path,
         host=host,
         port=port,
-        model_name=model_name or source.label,
+        model_name=model_name or source.label.rstrip("/").rpartition("/")[2],
         cache_dir=_cache(session, source.id),
         max_batch=server.MAX_BATCH if max_batch is None else max_batch,
         ready=ready,

@@ -137,15 +137,22 @@ def verify(
     for id_ in ids:
         found, damaged = store_remote.problems(session.store, id_, share, session)
         if found and source is not None:
-            store_remote.repair(session.store, id_, damaged, source, session)
-            found, _ = store_remote.problems(session.store, id_, share, session)
-            repaired += [] if found else [id_]
+            for _ in range(2):  # a manifest first, then what it lists
+                store_remote.repair(session.store, id_, damaged, source, session)
+                found, damaged = store_remote.problems(session.store, id_, 1.0, session)
+                if not found:
+                    repaired.append(id_)
+                    break
         found = found or trust.problems(session.store, id_)
         if found:
             problems[id_] = found
+    if artifact is None:
+        if source is not None:
+            repaired += store_remote.repair_names(session.store, source, session)
+        problems |= {name: [problem] for name, problem in session.store.broken_names().items()}
     lines = [f"{id_}: repaired" for id_ in repaired]
     lines += [f"{id_}: {problem}" for id_, found in problems.items() for problem in found]
-    verdict = f"{len(ids) - len(problems)} of {len(ids)} artifacts are {trust.wanted}"
+    verdict = f"{len(ids) - len(problems.keys() & set(ids))} of {len(ids)} artifacts are {trust.wanted}"
     session.console.result(
         "\n".join([*lines, verdict]), {"verified": len(ids), "problems": problems, "repaired": repaired}
     )

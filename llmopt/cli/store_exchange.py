@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from llmopt.artifacts.objects import is_s3
 from llmopt.cli import options as opt
+from llmopt.cli.deliver import check_destination, copy_to
 from llmopt.cli.references import resolve
 from llmopt.errors import SettingsError
 
@@ -31,7 +33,7 @@ def export(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Copy ARTIFACT, verified, into the new folder FOLDER.
+    """Copy ARTIFACT, verified, into the new folder FOLDER, or to s3://BUCKET/PREFIX.
 
     With `--oci` FOLDER becomes an OCI layout for registries and their tools: `skopeo copy oci:FOLDER:TAG ...`.
     """
@@ -39,9 +41,13 @@ def export(
     for flag, value in (("--name", name), ("--attestations", attestations)):
         if value is not None and not oci:
             raise SettingsError(f"`{flag}` is of an OCI layout", hint="add `--oci`")
+    if oci and is_s3(folder):
+        raise SettingsError("an OCI layout is written to a folder of this machine", hint="`skopeo copy` sends it on")
+    if not oci:
+        check_destination(folder)
     found = resolve(session.store, artifact)
     if not oci:
-        session.store.export(found, Path(folder))
+        copy_to(session.store, found, folder, session.console.progress)
         session.console.result(f"{folder} {found}", {"path": folder, "artifact": found})
         return
     from llmopt.artifacts import oci as layouts
@@ -73,7 +79,8 @@ def import_(
 ) -> None:
     """Take SOURCE, verified, into the store.
 
-    SOURCE is an OCI layout (FOLDER or FOLDER:TAG) of a ModelPack model, a folder that `export` wrote or a checkpoint.
+    SOURCE is an OCI layout (FOLDER or FOLDER:TAG) of a ModelPack model, what `export` wrote, or a checkpoint: a folder
+    or s3://BUCKET/PREFIX.
     What llmopt made comes back as the same artifact, anything else as a model without a history.
     """
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
@@ -82,7 +89,7 @@ def import_(
 
     if name is not None:
         check_name(name)
-    taken = exchange.take(session.store, source, digest=digest)
+    taken = exchange.take(session.store, source, digest=digest, progress=session.console.progress)
     manifest = taken.manifest
     if name is not None:
         session.store.set_name(name, manifest.id)

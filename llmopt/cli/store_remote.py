@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import options as opt
+from llmopt.cli.deliver import check_destination, copy_to
 from llmopt.cli.references import resolve
 from llmopt.errors import LlmoptError, SettingsError
 
@@ -42,9 +44,13 @@ def push(
     if name is not None:
         check_name(name)
     found, remote = resolve(session.store, artifact), Remote.open(url)
-    moved = transfer.push(session.store, found, remote, session.console.progress)
-    if name is not None:
-        _move_name(remote, name, found, session)
+    session.store.fetch(found)
+    if name is None:
+        moved = transfer.push(session.store, found, remote, session.console.progress)
+    else:
+        with remote.writing((), [found], session.console.progress):  # so that it stays until it has its name
+            moved = transfer.push(session.store, found, remote, session.console.progress)
+            _move_name(remote, name, found, session)
     text = f"{remote.url} {found}" + (f" ({name})" if name else "")
     session.console.result(text, {"artifact": found, "url": remote.url, "name": name, **moved.to_json()})
 
@@ -71,30 +77,32 @@ def pull(
     Every byte is compared with its digest as it comes. Cut off or killed, the same command goes on where it stopped.
     """
     from llmopt.artifacts import transfer
-    from llmopt.artifacts.export import check_out
     from llmopt.artifacts.layout import check_name
+    from llmopt.artifacts.objects import is_s3
     from llmopt.artifacts.remote import Remote
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     if name is not None:
         check_name(name)
+    if include and (out is None or name is not None or is_s3(out)):
+        raise SettingsError(
+            "a part of an artifact goes into a folder, and is none itself", hint="`--out DIR`, and no `--name`"
+        )
     if out is not None:
-        check_out(Path(out))
+        check_destination(out)
     remote = Remote.open(url)
     found = _resolve_there(remote, artifact)
     about: dict[str, Any] = {"artifact": found, "url": remote.url, "name": name, "path": out}
-    if include:
-        if out is None or name is not None:
-            raise SettingsError(
-                "a part of an artifact goes into a folder, and is none itself", hint="`--out DIR`, and no `--name`"
-            )
+    if include and out is not None:
         moved = transfer.pull_part(found, remote, Path(out), include, session.console.progress)
     else:
-        moved = transfer.pull(session.store, found, remote, session.console.progress)
+        _require_signed(remote, found)
+        moved = transfer.pull(session.store.here, found, remote, session.console.progress)
+        session.store.send(found)
         if name is not None:
             session.store.set_name(name, found)
         if out is not None:
-            session.store.export(found, Path(out))
+            copy_to(session.store, found, out, session.console.progress)
     session.console.result(f"{out or session.store.url} {found}", {**about, **moved.to_json()})
 
 
@@ -165,9 +173,27 @@ def repair(store: Store, artifact: str, problems: Mapping[str, str], source: Rem
         transfer.push(here, artifact, remote, session.console.progress, replace=tuple(problems))
 
 
+def repair_names(store: Store, source: Remote, session: opt.Session) -> list[str]:
+    """Let names that stand for nothing stand for what they stand for in another store; those that do then."""
+    from llmopt.artifacts import transfer
+
+    repaired = []
+    for name in store.broken_names():
+        try:
+            artifact = source.named(name)
+            if artifact is not None:
+                if artifact not in store.ids():
+                    transfer.pull(store.here, artifact, source, session.console.progress)
+                store.set_name(name, artifact)
+                repaired.append(name)
+        except LlmoptError as error:
+            session.console.progress(error.message)
+    return repaired
+
+
 def problems(store: Store, artifact: str, share: float, session: opt.Session) -> tuple[list[str], dict[str, str]]:
     """What is wrong with an artifact, in words and by sha256, in the place that the store is."""
-    from llmopt.artifacts import verify
+    from llmopt.artifacts import layout, verify
     from llmopt.artifacts.objects.disk import DiskObjects
     from llmopt.artifacts.remote import Remote
 
@@ -176,6 +202,8 @@ def problems(store: Store, artifact: str, share: float, session: opt.Session) ->
         return store.verify(artifact), {}
     place = remote or Remote(DiskObjects(store.root))
     found = verify.problems(place, artifact, share=share)
+    if remote is None:
+        store.distrust(sha256 for sha256 in found if layout.HEX.fullmatch(sha256))
     try:
         manifest = place.get(artifact)
     except LlmoptError:
@@ -223,6 +251,18 @@ def _resolve_there(remote: Remote, reference: str) -> str:
         hint = nearest(reference, names) if names else f"`llmopt store ls --store {remote.url}` lists the artifacts"
         raise LlmoptError(f"no artifact `{reference}` in the store `{remote.url}`", hint=hint)
     return found
+
+
+def _require_signed(remote: Remote, artifact: str) -> None:
+    """By one of the keys in $LLMOPT_TRUST, if there are any."""
+    from llmopt.artifacts import signing
+    from llmopt.artifacts.shared import trusted_keys
+
+    keys = trusted_keys(os.environ.get("LLMOPT_TRUST"))
+    manifest = remote.get(artifact) if keys else None
+    if manifest is not None:
+        envelopes = [value for value in remote.statements(artifact) if signing.is_envelope(value)]
+        signing.require(manifest, envelopes, keys)
 
 
 def _move_name(remote: Remote, name: str, artifact: str, session: opt.Session) -> None:

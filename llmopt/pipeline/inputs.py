@@ -19,6 +19,7 @@ from llmopt.pipeline.runner import StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
+    from llmopt.artifacts.plain import Prefix
     from llmopt.artifacts.store import Store
     from llmopt.pipeline.hub import Reference, Snapshot
 
@@ -106,6 +107,7 @@ def adapter(reference: str, progress: Progress = silent) -> Input:
     wanted = _of_hub(reference)
     if wanted is not None:
         return _snapshot(hub.fetch_adapter(wanted, progress), "adapter", wanted)
+    _refuse_s3(reference, "an adapter")
     folder = Path(reference)
     for name in hub.ADAPTER_FILES:
         if not (folder / name).is_file():
@@ -129,6 +131,10 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
         assert wanted is not None
         return _snapshot(hub.fetch_dataset(wanted, progress), "rows", wanted)
     path = Path(reference)
+    if is_s3(reference):
+        from llmopt.artifacts import plain
+
+        path = plain.read_file(store, reference, progress) or path
     if path.is_file():
         return text(path, kind="rows" if path.name.endswith(ROW_SUFFIXES) else "text")
     if not is_s3(reference) and not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
@@ -136,7 +142,7 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
             f"no text file at `{reference}`, and no calibration set of that name",
             hint="give a UTF-8 text, a .jsonl or .parquet file, `datasets:ORG/NAME`, or an artifact of the store",
         )
-    found = resolve(store, reference)
+    found = resolve(store, reference, progress)
     if found.kind != "calibration":
         raise SettingsError(
             f"`{reference}` is {_KINDS.get(found.kind, found.kind)}, not a calibration set",
@@ -145,13 +151,13 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
     return found
 
 
-def subject(store: Store, reference: str) -> Input | str:
+def subject(store: Store, reference: str, progress: Progress = silent) -> Input | str:
     """What a bench loads: the URL of a server as it is, anything else resolved."""
     if reference.startswith(("http://", "https://")):
         return reference
     if not is_s3(reference) and not Path(reference).is_dir() and ("/" in reference or store.resolve(reference) is None):
         raise _no_subject(store, reference)
-    return resolve(store, reference)
+    return resolve(store, reference, progress)
 
 
 def report(store: Store, reference: str | None) -> Input | None:
@@ -165,7 +171,7 @@ def report(store: Store, reference: str | None) -> Input | None:
     hint = "give what `llmopt bench` or `llmopt bench import` made: its id or name in the store, or its folder"
     if reference.startswith(("http://", "https://")):
         raise SettingsError(f"`{reference}` is a server, not a report", hint="load it too: `--against`")
-    if not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
+    if not is_s3(reference) and not path.is_dir() and ("/" in reference or store.resolve(reference) is None):
         raise LlmoptError(f"no report at `{reference}`", hint=hint)
     found = resolve(store, reference)
     if found.kind != "report":
@@ -187,6 +193,7 @@ def product(result: StageResult) -> Input:
 
 def text(file: str | Path, *, kind: str = "text") -> Input:
     """A text, or a file of rows, to calibrate on or to evaluate with."""
+    _refuse_s3(str(file), f"a {kind}" if kind in ("text", "timing cache", "workload") else kind)
     path = Path(file)
     if not path.is_file():
         hints = {
@@ -200,6 +207,7 @@ def text(file: str | Path, *, kind: str = "text") -> Input:
 
 def tasks(folder: str | Path) -> Input:
     """A folder of lm-evaluation-harness tasks: every file in it, for YAML, code and data all change what is asked."""
+    _refuse_s3(str(folder), "a folder of tasks")
     path = Path(folder)
     if not path.is_dir():
         raise LlmoptError(f"no folder of tasks at `{path}`", hint="give the folder that holds their YAML files")
@@ -268,12 +276,24 @@ def _from_s3(store: Store, url: str, progress: Progress, deny: Sequence[str]) ->
     """What lies below a prefix, by way of the store, where it stays: the next command fetches nothing."""
     from llmopt.artifacts import plain
 
-    card = plain.card(url)
-    said = () if card is None else tuple(Stated(license, f"the card of `{url}`") for license in licenses.of_card(card))
-    _refuse_denied(url, said, deny)
-    artifact = plain.read(store, url, progress)
-    found = stored(store, artifact, label=url)
-    return replace(found, stated=(*said, *found.stated)) if said else found
+    prefix = plain.Prefix.open(url)
+    stated = prefix.licenses()
+    _refuse_denied(url, stated, deny)
+    if prefix.manifest is None:
+        _refuse_pickles(prefix)
+    return replace(stored(store, plain.read(store, prefix, progress), label=url), stated=stated)
+
+
+def _refuse_pickles(prefix: Prefix) -> None:
+    from llmopt.models.checkpoint import PICKLES, unpickling
+
+    names = [found.key for found in prefix.listed]
+    pickled = next((name for name in names if name.endswith(PICKLES)), None)
+    if pickled is not None and not any(name.endswith(".safetensors") for name in names):
+        raise LlmoptError(
+            f"`{prefix.url}` has its weights only as `{pickled}`, a pickle: it can hold code, and llmopt loads none",
+            hint=f"fetch them (`aws s3 sync {prefix.url} MODEL`) and {unpickling('MODEL', 'MODEL-safetensors')}",
+        )
 
 
 def _of_hub(reference: str) -> Reference | None:
@@ -316,6 +336,14 @@ def _input(
     )
 
 
+def _refuse_s3(reference: str, what: str) -> None:
+    if is_s3(reference):
+        raise SettingsError(
+            f"{what} is not read from S3: `{reference}`",
+            hint="fetch it first (`aws s3 cp` or `sync`); models, artifacts and texts to calibrate on are",
+        )
+
+
 def _no_subject(store: Store, reference: str) -> LlmoptError:
     hint = "give an engine that `llmopt compile` made (folder, id or name), or a server as `http://127.0.0.1:8000`"
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", reference):
@@ -329,7 +357,8 @@ def _not_found(store: Store, reference: str) -> LlmoptError:
     path = Path(reference)
     if "://" in reference:
         return SettingsError(
-            f"`{reference}` cannot be read: only local folders can", hint="download it, give the folder"
+            f"`{reference}` cannot be read: only folders and `s3://BUCKET/PREFIX` can",
+            hint="download it, give the folder",
         )
     if path.is_file():
         return SettingsError(f"`{reference}` is a file", hint="give the folder that holds config.json")

@@ -34,7 +34,7 @@ class Access:
             # Those in the environment count without a look for others, which may take seconds.
             credentials = session.get_credentials()
             region = session.get_config_variable("region") or os.environ.get("AWS_REGION") or _DEFAULT_REGION
-            endpoint = _configured_endpoint(session) or _aws_endpoint(session, region)
+            endpoint = _configured_endpoint(session) or _aws_endpoint(region)
         except exceptions.ProfileNotFound as error:
             raise SettingsError(
                 f"{error}".rstrip("."), hint="check `AWS_PROFILE`; `~/.aws/config` has the profiles"
@@ -82,9 +82,6 @@ def _configured_endpoint(session: Any) -> str | None:
     return named
 
 
-def _aws_endpoint(session: Any, region: str) -> str:
-    try:
-        partition = session.get_partition_for_region(region)
-    except Exception:  # one that this botocore does not know
-        partition = "aws"
-    return f"https://s3.{region}.amazonaws.com" + (".cn" if partition == "aws-cn" else "")
+def _aws_endpoint(region: str) -> str:
+    """Of Amazon's own S3, by the rule that its documentation states."""
+    return f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")

@@ -54,6 +54,7 @@ class DiskObjects:
     def write(self, key: str, data: bytes) -> None:
         with self._writing(), disk.temporary(self.root / _ASIDE) as aside:
             disk.publish(data, self.root / key, aside=aside, root=self.root)
+            os.utime(self.root / key)  # by the clock of the disk's own machine, where that is another
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
         target = self.root / key
@@ -64,7 +65,7 @@ class DiskObjects:
         return True
 
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
-        with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / _ASIDE / ".swap"):
+        with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / disk.SWAP):
             found = self.read_tagged(key, most=len(data) + (1 << 20))
             if (None if found is None else found[1]) != tag:
                 return False
@@ -75,12 +76,21 @@ class DiskObjects:
         return _Sender(self, key, size)
 
     def list(self, prefix: str = "") -> Iterator[Found]:
-        folder = self.root / prefix if not prefix or prefix.endswith("/") else (self.root / prefix).parent
-        for path in sorted(folder.rglob("*"), key=lambda path: path.as_posix()):
-            key = path.relative_to(self.root).as_posix()
-            if key.startswith(prefix) and path.is_file() and not key.startswith(f"{_ASIDE}/"):
+        return self._walk(prefix[: prefix.rfind("/") + 1], prefix)
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[Found]:
+        """Folder by folder, as far as it is asked to. No link to a folder is followed."""
+        try:
+            with os.scandir(self.root / folder) as scan:
+                entries = {f"{folder}{e.name}" + "/" * e.is_dir(follow_symlinks=False): e for e in scan}
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for key in sorted(key for key in entries if key.startswith(prefix) and key != f"{_ASIDE}/"):
+            if key.endswith("/"):
+                yield from self._walk(key, prefix)
+            elif entries[key].is_file():
                 with suppress(FileNotFoundError):
-                    status = path.stat()
+                    status = entries[key].stat()
                     yield Found(key, status.st_size, status.st_mtime)
 
     def delete(self, keys: Sequence[str]) -> None:

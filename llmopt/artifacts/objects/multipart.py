@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -78,15 +78,18 @@ class Upload:
         """The parts stay, for the next try; `abort_old` removes what nobody came back to."""
 
 
-def abort_old(objects: S3Objects, prefix: str, before_s: float) -> int:
-    """Remove the parts of uploads below `prefix` that were begun before this time (seconds since 1970); how many."""
+def abort_old(objects: S3Objects, prefix: str, before_s: float, *, keep: Collection[str] = ()) -> int:
+    """Remove the parts of uploads below `prefix` that were begun before this time (seconds since 1970); how many.
+
+    `keep` are the keys of those that somebody may have gone on with.
+    """
     from datetime import datetime
 
     wire, count = Wire.of(objects), 0
     for upload in wire.uploads(prefix):
         begun = _text(upload, "Initiated")
         key, upload_id = _text(upload, "Key"), _text(upload, "UploadId")
-        if begun is None or key is None or upload_id is None:
+        if begun is None or key is None or upload_id is None or wire.below(key) in keep:
             continue
         if datetime.fromisoformat(begun.replace("Z", "+00:00")).timestamp() < before_s:
             wire.request("DELETE", wire.below(key), {"uploadId": upload_id}, what="deleting")

@@ -299,8 +299,6 @@ class _Reader:
             self._note(entry, "of DJL's model zoo: `--set model=...` names a folder, or `ORG/NAME` of the hub")
             return None
         if value.startswith("s3://"):
-            uri = value if value.endswith("/") else f"{value}/"
-            self._note(entry, f"has to be fetched first: `aws s3 sync {uri} MODEL`, then `--set model=MODEL`")
             return value
         beside = folder / value
         return str(beside) if beside.is_dir() or value.startswith(".") else value

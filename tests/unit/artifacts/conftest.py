@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Server
+from servers.fixtures import NAMES
+from servers.places import Place
 
 from llmopt.artifacts import Action, Manifest, Store
 
@@ -37,6 +41,54 @@ def put(store: Store) -> Put:
             return into.put(folder, **{"kind": "model", **about})
 
     return do
+
+
+@pytest.fixture(scope="session")
+def s3_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what is known of the servers lies, so that they are asked once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def s3_buckets() -> dict[str, str]:
+    """By the names of servers: one on each, since it is found out of each bucket what its server can."""
+    return {}
+
+
+@pytest.fixture
+def s3_place(s3_server: Server, new_s3_place: Callable[[Server], Place]) -> Place:
+    """An empty prefix on each server that the tests run on."""
+    return new_s3_place(s3_server)
+
+
+@pytest.fixture
+def new_s3_place(
+    s3_buckets: dict[str, str], s3_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Server], Place]:
+    """An empty prefix on a server, which this process and those that it starts see from now on."""
+
+    def make(server: Server) -> Place:
+        server.set_in(monkeypatch)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(s3_cache))
+        bucket = s3_buckets.get(server.name) or s3_buckets.setdefault(server.name, server.new_bucket())
+        return Place(url=f"s3://{bucket}/{uuid.uuid4().hex[:12]}", server=server)
+
+    return make
+
+
+@pytest.fixture
+def disk_place(tmp_path: Path) -> Place:
+    """An empty folder."""
+    return Place(url=str(tmp_path / "there"))
+
+
+@pytest.fixture(params=["disk", *NAMES])
+def place(request: pytest.FixtureRequest, disk_place: Place) -> Place:
+    """An empty folder, and an empty prefix on each server that the tests run on."""
+    if request.param == "disk":
+        return disk_place
+    make: Callable[[Server], Place] = request.getfixturevalue("new_s3_place")
+    return make(request.getfixturevalue(request.param))
 
 
 @pytest.fixture

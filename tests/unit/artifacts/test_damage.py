@@ -190,7 +190,7 @@ def test_whatever_was_done_to_the_folder_it_holds_the_artifact_again(
     assert store.verify(made.id) == []
 
 
-def test_a_file_is_read_once_in_a_process(
+def test_with_full_verification_a_file_is_read_once_in_a_process(
     store: Store, made: Manifest, action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
@@ -202,7 +202,7 @@ def test_a_file_is_read_once_in_a_process(
         return digest
 
     monkeypatch.setattr("llmopt.artifacts.store.sha256_file", count)
-    fresh = Store(store.root)
+    fresh = Store(store.root, verify_full=True)
     fresh.find(action.key)
     assert len(read) == len(made.files)
     fresh.find(action.key)

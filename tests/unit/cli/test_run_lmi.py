@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Server
 
 Llmopt = Callable[..., Any]
 
@@ -59,10 +60,21 @@ def test_the_model_of_a_template_is_given_on_the_command_line(
     assert llmopt("run", file, "--dry-run", "--set", f"model={tiny}").code == 0
 
 
-def test_a_model_on_s3_is_told_how_to_fetch(llmopt: Llmopt, properties: Callable[[object], Path]) -> None:
-    ran = llmopt("run", properties("s3://bucket/llama/"), "--dry-run")
-    assert ran.code == 2
-    assert "`aws s3 sync s3://bucket/llama/ MODEL`, then `--set model=MODEL`" in ran.err
+def test_a_model_on_s3_is_read_from_there(
+    llmopt: Llmopt,
+    tiny: Path,
+    properties: Callable[[object], Path],
+    rclone: Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rclone.set_in(monkeypatch)
+    bucket = rclone.new_bucket()
+    for file in tiny.iterdir():
+        assert rclone.request("PUT", f"/{bucket}/llama/{file.name}", body=file.read_bytes()).status == 200
+    ran = llmopt("run", properties(f"s3://{bucket}/llama/"), "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert "model_id" not in ran.err
+    assert ran.json["stages"] == llmopt("run", properties(tiny), "--dry-run", "--json").json["stages"]
 
 
 def test_a_misspelt_property_is_an_error_with_its_line(llmopt: Llmopt, tmp_path: Path) -> None:
