@@ -71,7 +71,7 @@ def collect(
         collected = sweep(remote, removal, manifests, gone, dry_run=dry_run, progress=progress)
         collected.damaged = len(listed) - len(manifests)
         if not dry_run and remote.objects.remote:
-            collected.uploads = _abort(remote, cutoff)
+            collected.uploads = _abort(remote, cutoff, removal.protected)
         return collected
 
 
@@ -150,9 +150,9 @@ def _with_ancestors(roots: Iterable[str], manifests: Mapping[str, Manifest]) -> 
     return kept
 
 
-def _abort(remote: Remote, before_s: float) -> int:
+def _abort(remote: Remote, before_s: float, needed: Collection[str]) -> int:
     from llmopt.artifacts.objects.multipart import abort_old
     from llmopt.artifacts.objects.s3 import S3Objects
 
     assert isinstance(remote.objects, S3Objects)
-    return abort_old(remote.objects, f"{layout.BLOBS}/", before_s)
+    return abort_old(remote.objects, f"{layout.BLOBS}/", before_s, except_for=needed)

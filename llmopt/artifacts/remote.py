@@ -18,6 +18,7 @@ from llmopt.artifacts import layout
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.objects import Found, Objects, open_objects
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.threads import briefly
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 #: How long a lease counts after it was last written. Whoever works longer writes it again.
@@ -114,10 +115,9 @@ class Remote:
 
     def add(self, key: str, data: bytes) -> None:
         """A small object whose key names its content; one that is there already is left unless its size is wrong."""
-        if not self.objects.create(key, data):
-            found = self.objects.find(key)
-            if found is None or found.size != len(data):
-                self.objects.write(key, data)
+        found = self.objects.find(key)
+        if found is None or found.size != len(data):
+            self.objects.write(key, data)
 
     def set_name(self, name: str, artifact: str) -> str | None:
         """Let the name stand for an artifact that is here; what it stood for before, if anything else.
@@ -149,9 +149,13 @@ class Remote:
         try:
             self._wait_for_removal(lease)
             yield lease
-        finally:
-            with suppress(LlmoptError):  # it ends by itself
-                lease.end()
+        except KeyboardInterrupt:
+            briefly(lease.end)
+            raise
+        except BaseException:
+            lease.end()
+            raise
+        lease.end()
 
     @contextmanager
     def removing(self) -> Iterator[Removal]:
@@ -171,9 +175,13 @@ class Remote:
                 with suppress(ValueError, TypeError, AttributeError):
                     protected |= set(json.loads(self._read(key) or b"{}").get("blobs", ()))
             yield Removal(lease, now, protected)
-        finally:
-            with suppress(LlmoptError):
-                lease.end()
+        except KeyboardInterrupt:
+            briefly(lease.end)
+            raise
+        except BaseException:
+            lease.end()
+            raise
+        lease.end()
 
     # -- within
 
@@ -237,7 +245,8 @@ class Lease:
             self._written_s = time.monotonic()
 
     def end(self) -> None:
-        self._objects.delete([self.key])
+        with suppress(LlmoptError):  # it ends by itself
+            self._objects.delete([self.key])
 
 
 class Removal:

@@ -72,8 +72,11 @@ def pull(store: Store, artifact: str, remote: Remote, progress: Progress = silen
         wanted = [
             Wanted(layout.blob(e.sha256), e.size, folder / e.sha256, e.sha256, parts.get(e.sha256, ())) for e in missing
         ]
-        receive(remote.objects, wanted, meter)
-        here = store.chunks(manifest) | {sha: parts[sha] for sha in entries if sha in parts}
+        found = receive(remote.objects, wanted, meter)
+        here = found | store.chunks(manifest)
+        for entry in entries.values():
+            if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in here:
+                here[entry.sha256] = chunks.of_file(store.blob(entry.sha256))
         store.adopt(manifest, {each.sha256: each.target for each in wanted if each.sha256}, here)
     for statement in remote.statements(artifact):
         with suppress(CorruptError):  # one that is about something else tells nothing

@@ -33,7 +33,7 @@ def chosen() -> set[str]:
 def wanted(item: pytest.Item) -> set[str]:
     servers = {STARTS[name] for name in getattr(item, "fixturenames", ()) if name in STARTS}
     if callspec := getattr(item, "callspec", None):
-        servers |= {callspec.params["s3_server"]} if "s3_server" in callspec.params else set()
+        servers |= {value for value in callspec.params.values() if isinstance(value, str) and value in NAMES}
     return servers
 
 

@@ -66,7 +66,7 @@ class Objects(Protocol):
 
     def find(self, key: str) -> Found | None: ...
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """In place of whatever is there."""
 
     def create(self, key: str, data: bytes | memoryview) -> bool:

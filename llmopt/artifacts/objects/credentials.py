@@ -54,12 +54,16 @@ class Access:
             )
         return cls(endpoint=endpoint.rstrip("/"), region=region, credentials=credentials)
 
-    def for_obstore(self) -> dict[str, Any]:
-        """As obstore asks for them, again and again."""
+    def frozen(self) -> Any:
+        """As they are now, renewed if they had to be."""
         try:
-            frozen = self.credentials.get_frozen_credentials()
+            return self.credentials.get_frozen_credentials()
         except Exception as error:  # botocore raises what its provider raises
             raise LlmoptError(f"the AWS credentials cannot be renewed: {error}", hint="log in again") from error
+
+    def for_obstore(self) -> dict[str, Any]:
+        """As obstore asks for them, again and again."""
+        frozen = self.frozen()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
