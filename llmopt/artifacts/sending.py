@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmopt.artifacts import chunks
 from llmopt.artifacts.manifest import FileEntry
 from llmopt.artifacts.meter import Meter
-from llmopt.artifacts.objects import PART_BYTES, Objects, Sender
+from llmopt.artifacts.objects import PART_BYTES, LostUploadError, Objects, Sender
 from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError, LlmoptError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
 
 _SMALL_BYTES = 1 << 20
+_TURNS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +46,19 @@ class Outgoing:
         self.meter.expect(len(missing), sum(entry.size for entry in missing))
         small = [entry for entry in missing if entry.size <= _SMALL_BYTES]
         do_all(SMALL_AT_ONCE, [partial(self._send_whole, entry) for entry in small])
+        large = [entry for entry in missing if entry.size > _SMALL_BYTES]
+        for turn in range(_TURNS):
+            try:
+                self._send_large([entry for entry in large if not turn or not self._is_there(entry)])
+                break
+            except LostUploadError:  # another process has finished or removed it, with what this one had sent
+                if turn == _TURNS - 1:
+                    raise
+
+    def _send_large(self, entries: Sequence[FileEntry]) -> None:
         begun: dict[FileEntry, Sender] = {}
         try:
-            do_all(LARGE_AT_ONCE, self._jobs([entry for entry in missing if entry.size > _SMALL_BYTES], begun))
+            do_all(LARGE_AT_ONCE, self._jobs(entries, begun))
         except Exception:
             for sender in list(begun.values()):
                 with suppress(LlmoptError, OSError):
@@ -55,8 +66,11 @@ class Outgoing:
             raise
 
     def _look(self, entry: FileEntry, there: dict[FileEntry, bool]) -> None:
-        found = None if entry.sha256 in self.replace else self.objects.find(self.key(entry))
-        there[entry] = found is not None and found.size == entry.size
+        there[entry] = entry.sha256 not in self.replace and self._is_there(entry)
+
+    def _is_there(self, entry: FileEntry) -> bool:
+        found = self.objects.find(self.key(entry))
+        return found is not None and found.size == entry.size
 
     def _send_whole(self, entry: FileEntry) -> None:
         """Two who send it at once send the same bytes."""

@@ -35,6 +35,10 @@ class GoneError(LlmoptError):
     """There is no such object (any more)."""
 
 
+class LostUploadError(LlmoptError):
+    """What was sent of a large file is not there any more: it has to be begun anew."""
+
+
 class Sender(Protocol):
     """A large file on its way, in parts that may be sent in any order and at the same time."""
 

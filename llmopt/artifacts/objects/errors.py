@@ -35,7 +35,20 @@ _BUSY = (408, 429, 500, 502, 503, 504)
 _PASSING = ("RequestTimeout", "SlowDown", "OperationAborted", "BadDigest", "XAmzContentSHA256Mismatch")
 #: obstore's words for a connection that broke, in whatever state.
 _TRANSPORT = re.compile(r"HttpError|HTTP error|error decoding response body|reqwest::Error|unexpected EOF")
-_CAUSE = re.compile(r'message: "([^"]+)"')
+#: By what obstore and urllib3 say of a request that got no answer: what it means.
+_SILENCES = [
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"[Cc]ertificate|CERTIFICATE", "the certificate of `{endpoint}` is not trusted here"),
+        (r"Connection refused", "`{endpoint}` does not answer: connection refused"),
+        (r"dns error|Failed to resolve", "`{endpoint}` does not answer: its name is not known"),
+        (r"[Tt]imed ?[Oo]ut|Timeout", "`{endpoint}` does not answer: it has been silent for too long"),
+        (
+            r"Reset|reset|Interrupted|EOF|Eof|Incomplete|Broken|Disconnected|closed",
+            "the connection to `{endpoint}` keeps breaking",
+        ),
+    )
+]
 _BY_STATUS = {301: "PermanentRedirect", 401: "SignatureDoesNotMatch", 403: "AccessDenied"}
 
 
@@ -50,9 +63,10 @@ def tell(text: str, *, bucket: str, endpoint: str, what: str) -> LlmoptError:
     """The error for a server's last answer, or for none. `what` was tried: `reading`, `listing`."""
     code, status = code_of(text), status_of(text)
     if code is None and status is None:
-        return LlmoptError(
-            f"`{endpoint}` does not answer: {_reason(text)}", hint="check `AWS_ENDPOINT_URL` and that the server is up"
-        )
+        said = next((words for pattern, words in _SILENCES if pattern.search(text)), None)
+        said = said or "`{endpoint}` does not answer: " + text.partition("\n")[0].replace("{", "").replace("}", "")
+        hint = "check `AWS_ENDPOINT_URL` and that the server is up; the same command goes on where it stopped"
+        return LlmoptError(said.format(endpoint=endpoint), hint=hint)
     known = _KNOWN.get(code or "") or _KNOWN.get(_BY_STATUS.get(status or 0, ""))
     if known is not None:
         message, hint = known
@@ -89,10 +103,3 @@ def status_of(text: str) -> int | None:
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
     found = pattern.search(text)
     return None if found is None else found[1]
-
-
-def _reason(text: str) -> str:
-    """The last of a chain of causes, which says the most: as obstore's debugging text has it, or its first line."""
-    causes = [words for words in _CAUSE.findall(text) if words]
-    line = text.partition("\n")[0]
-    return causes[-1] if causes else line.rpartition(": ")[2] or line

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -19,7 +20,7 @@ from urllib.parse import quote, unquote_plus
 from xml.etree import ElementTree
 
 from llmopt import backends
-from llmopt.artifacts.objects import Found, GoneError, errors, parts_of
+from llmopt.artifacts.objects import Found, GoneError, LostUploadError, errors, parts_of
 from llmopt.artifacts.objects.errors import RefusedError
 from llmopt.artifacts.objects.retries import again
 from llmopt.artifacts.threads import apart
@@ -68,8 +69,7 @@ class Upload:
         try:
             _, headers, _ = self._wire.request("PUT", self._key, query, data, what="writing")
         except RefusedError as error:
-            if not self._was_finished(error):
-                raise
+            self._require_finished(error)
         else:
             self._tags[number] = headers.get("etag", "")
 
@@ -84,22 +84,29 @@ class Upload:
         try:
             self._wire.xml("POST", self._key, {"uploadId": self._id}, body, what="writing", headers=headers)
         except RefusedError as error:
-            if headers is not None or not self._was_finished(error):
+            if headers is not None:
                 raise
+            self._require_finished(error)
         self._finished = True
 
     def give_up(self) -> None:
         """Parts that can be gone on with stay; `abort_old` removes those that nobody came back to."""
         if not self._keep and not self._finished:
+            self._finished = True
             self._wire.request("DELETE", self._key, {"uploadId": self._id}, what="deleting")
 
-    def _was_finished(self, error: RefusedError) -> bool:
-        """Whether the upload is unknown because it is an object now: by a try whose answer was lost, or by another
-        process that sends the same bytes."""
-        if error.s3_code == "NoSuchUpload":
+    def _require_finished(self, error: RefusedError) -> None:
+        """Raise the error, unless the upload is an object now: by a try whose answer was lost, or by another process
+        that sends the same bytes."""
+        if error.s3_code not in ("NoSuchUpload", "InvalidPart"):
+            raise error
+        for pause_s in (0, 0.1, 0.2, 0.4, 0.8):  # rclone forgets the upload before the object is there
+            time.sleep(pause_s)
             found = self._wire.objects.find(self._key)
-            self._finished = found is not None and found.size == self._size
-        return self._finished
+            if found is not None and found.size == self._size:
+                self._finished = True
+                return
+        raise LostUploadError(error.message, hint=error.hint) from None
 
 
 def abort_old(objects: S3Objects, prefix: str, before_s: float, *, except_for: Collection[str] = ()) -> int:

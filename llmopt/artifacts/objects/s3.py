@@ -77,13 +77,16 @@ class S3Objects:
         return None if found is None else found[0]
 
     def read_tagged(self, key: str, *, most: int) -> tuple[bytes, str | None] | None:
-        def get() -> tuple[bytes, str | None]:
+        def get() -> tuple[bytes | None, str | None]:
             result = self._obstore.get(self._store, key)
-            if result.meta["size"] > most:
-                return bytes(self._obstore.get_range(self._store, key, start=0, end=most + 1)), result.meta["e_tag"]
-            return bytes(result.bytes()), result.meta["e_tag"]
+            meta = result.meta
+            return (bytes(result.bytes()) if meta["size"] <= most else None), meta["e_tag"]
 
-        return self._try("reading", get, gone=None)
+        found = self._try("reading", get, gone=None)
+        if found is None:
+            return None
+        data, tag = found
+        return bytes(self.read_range(key, 0, most + 1)) if data is None else data, tag
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
         if begin == end:
