@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
 
 _DEFAULT_REGION = "us-east-1"
+#: Of AWS's partitions, by what their regions begin with.
+_DOMAINS = (("cn-", "amazonaws.com.cn"), ("us-isob-", "sc2s.sgov.gov"), ("us-iso-", "c2s.ic.gov"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,7 @@ class Access:
             # Those in the environment count without a look for others, which may take seconds.
             credentials = session.get_credentials()
             region = session.get_config_variable("region") or os.environ.get("AWS_REGION") or _DEFAULT_REGION
-            endpoint = _configured_endpoint(session) or _aws_endpoint(session, region)
+            endpoint = _configured_endpoint(session) or _aws_endpoint(region)
         except exceptions.ProfileNotFound as error:
             raise SettingsError(
                 f"{error}".rstrip("."), hint="check `AWS_PROFILE`; `~/.aws/config` has the profiles"
@@ -86,6 +88,6 @@ def _configured_endpoint(session: Any) -> str | None:
     return named
 
 
-def _aws_endpoint(session: Any, region: str) -> str:
-    resolved = session.get_component("endpoint_resolver").construct_endpoint("s3", region)
-    return f"https://{(resolved or {}).get('hostname') or f's3.{region}.amazonaws.com'}"
+def _aws_endpoint(region: str) -> str:
+    domain = next((domain for prefix, domain in _DOMAINS if region.startswith(prefix)), "amazonaws.com")
+    return f"https://s3.{region}.{domain}"

@@ -62,6 +62,8 @@ class RefusedError(LlmoptError):
 def tell(text: str, *, bucket: str, endpoint: str, what: str) -> LlmoptError:
     """The error for a server's last answer, or for none. `what` was tried: `reading`, `listing`."""
     code, status = code_of(text), status_of(text)
+    if status is None and "configured region" in text:  # obstore's words for a redirect
+        status = 301
     if code is None and status is None:
         said = next((words for pattern, words in _SILENCES if pattern.search(text)), None)
         said = said or "`{endpoint}` does not answer: " + text.partition("\n")[0].replace("{", "").replace("}", "")

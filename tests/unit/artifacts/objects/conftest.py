@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,7 +114,7 @@ def open_files() -> set[str]:
     found = set()
     for link in Path("/proc/self/fd").iterdir():
         try:
-            found.add(f"{link.name} {os.readlink(link)}")
+            found.add(f"{link.name} {link.readlink()}")
         except FileNotFoundError:
             continue
     return found

@@ -234,9 +234,9 @@ def test_parts_cover_the_file() -> None:
 
 
 @pytest.fixture(params=["", "/", "/p", "/p/", "/p/q/"])
-def url(request: pytest.FixtureRequest, s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def url(request: pytest.FixtureRequest, s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     s3_server.set_in(monkeypatch)
-    yield f"s3://{s3_server.new_bucket()}{request.param}"
+    return f"s3://{s3_server.new_bucket()}{request.param}"
 
 
 def test_any_prefix_will_do(url: str, s3_server: Server) -> None:
