@@ -14,7 +14,7 @@ from pathlib import Path
 from llmopt.errors import LlmoptError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOCK = ".lock"
+LOCK = ".lock"
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
@@ -89,14 +89,14 @@ def _lock_new(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def _remove_dead(parent: Path, prefix: str) -> None:
-    ours = re.compile(rf"{re.escape(prefix)}\d+-[0-9a-f]{{12}}{re.escape(_LOCK)}")
+    ours = re.compile(rf"{re.escape(prefix)}\d+-[0-9a-f]{{12}}{re.escape(LOCK)}")
     for path in [file for file in parent.iterdir() if ours.fullmatch(file.name)]:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue
         if _lock(lock, unsupported=False) and is_open_as(lock, path):
-            _discard(path.with_name(path.name.removesuffix(_LOCK)), lock)
+            _discard(path.with_name(path.name.removesuffix(LOCK)), lock)
         else:
             os.close(lock)
 
@@ -128,7 +128,7 @@ def _discard(folder: Path, lock: int) -> None:
 
 
 def _lock_path(folder: Path) -> Path:
-    return folder.with_name(folder.name + _LOCK)
+    return folder.with_name(folder.name + LOCK)
 
 
 def remove(path: Path) -> None:

@@ -92,7 +92,8 @@ class Store:
 
     def forget(self, key: str) -> None:
         """Remove what an action that ended early has left, unless a process is at work on it."""
-        if not self._begun(key).exists():
+        begun = self._begun(key)
+        if not begun.exists() and not begun.with_name(f"{key}{disk.LOCK}").exists():
             return
         with self._writing(), disk.lasting(self._begun(key)):
             pass
