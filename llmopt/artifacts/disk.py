@@ -205,8 +205,8 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """A new, synced file; without moving any bytes where the file system can share them."""
+def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:
+    """A new file, synced; without moving any bytes where the file system can share them."""
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
         with suppress(OSError):
             while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
@@ -214,16 +214,18 @@ def copy_file(source: Path, target: Path) -> None:
         while chunk := reader.read(1 << 20):  # what the kernel did not or could not copy
             writer.write(chunk)
         writer.flush()
-        os.fsync(writer.fileno())
+        if sync:
+            os.fsync(writer.fileno())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
+    """A copy is not synced."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        copy_file(source, target)
+        copy_file(source, target, sync=False)
 
 
 @contextmanager

@@ -156,10 +156,11 @@ class Store:
         data = Manifest.from_bytes(manifest.to_bytes()).to_bytes()  # what cannot be read back is not written
         with self.leases.publishing():
             self.leases.take(manifest.hex, published=True)
+            added = {entry.sha256 for entry in manifest.files if entry.path in files}
             for entry in manifest.files:
                 if entry.path in files:
                     self._add_blob(files[entry.path], entry)
-                elif (problem := self._blob_problem(entry)) is not None:
+                elif entry.sha256 not in added and (problem := self._blob_problem(entry)) is not None:
                     raise CorruptError(f"`{entry.path}` of `{manifest.id}` {problem}", hint="run the command again")
             disk.sync_folders([self.blob(entry.sha256) for entry in manifest.files], self.root)
             self._put_chunks(manifest.hex, parts, aside)
@@ -588,7 +589,7 @@ def _take(folder: Path, aside: Path) -> dict[str, Path]:
             raise LlmoptError(f"`{path}` cannot be stored: it is not a regular file", hint="store plain files only")
         files[path] = aside / f"{len(files)}.taken"
         if found.st_nlink > 1:
-            disk.copy_file(file, files[path])
+            disk.copy_file(file, files[path], sync=False)
         else:
             disk.link_or_copy(file, files[path])
     if not files:
