@@ -320,13 +320,14 @@ def test_a_writer_that_stood_still_for_too_long_publishes_nothing(
 ) -> None:
     """Its lease has run out, so what it found there may be gone."""
     made, remote = put(), Remote.open(place.url)
-    real, clock_s = remote.objects.create, remote_module._clock_s
+    real, clock_s = remote.objects.write, remote_module._clock_s
 
-    def sleepy(key: str, data: bytes | memoryview) -> bool:
-        monkeypatch.setattr(remote_module, "_clock_s", lambda: clock_s() + 3600)
-        return real(key, data)
+    def sleepy(key: str, data: bytes | memoryview) -> None:
+        if key.startswith("blobs/"):
+            monkeypatch.setattr(remote_module, "_clock_s", lambda: clock_s() + 3600)
+        real(key, data)
 
-    remote.objects.create = sleepy  # type: ignore[method-assign]
+    remote.objects.write = sleepy  # type: ignore[method-assign]
     with pytest.raises(LlmoptError, match="stood still for more than 48 minutes") as caught:
         transfer.push(store, made.id, remote)
     assert "again" in str(caught.value.hint)

@@ -194,12 +194,15 @@ def test_uploads_that_nobody_came_back_to_are_removed(s3: S3Objects) -> None:
     assert list(Wire.of(s3).uploads(f"{layout.BLOBS}/")) == []
 
 
-def test_collecting_removes_them_but_for_those_of_who_is_at_work(s3: S3Objects) -> None:
+def test_collecting_removes_them_but_for_those_of_who_is_at_work(
+    s3: S3Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remote = Remote(s3)
     begun_upload(s3, "ab" * 32)
     begun_upload(s3, "cd" * 32)
     time.sleep(1.1)  # their age is told in whole seconds
-    with Remote(s3).writing(["ab" * 32]):
+    monkeypatch.setattr("llmopt.artifacts.collect.STRAY_S", 0.0)
+    with Remote(s3).writing(["ab" * 32], []):
         assert collect(remote, older_than_s=0).uploads == 1
     [left] = Wire.of(s3).uploads(f"{layout.BLOBS}/")
     assert any(child.text and child.text.endswith("ab" * 32) for child in left)
