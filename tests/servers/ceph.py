@@ -104,9 +104,11 @@ class Ceph:
         self._run("radosgw-admin", "-n", "client.rgw", "user", "create", *user, *keys)
         self.start_gateway()
 
-    def start_gateway(self) -> None:
-        """Returns when radosgw answers; also after `kill_gateway`, on the same port."""
+    def start_gateway(self, *, nodelay: bool = True) -> None:
+        """Returns when radosgw answers; also after `kill_gateway`, on the same port. Its own default is no nodelay."""
         assert self.gateway is None
+        text = self.config.read_text().replace("tcp_nodelay=0", "tcp_nodelay=1")
+        self.config.write_text(text if nodelay else text.replace("tcp_nodelay=1", "tcp_nodelay=0"))
         self.gateway = self._start("radosgw", "-n", "client.rgw")
         wait_until(lambda: answers(self.server.port), self.gateway, self.log)
 
