@@ -143,6 +143,8 @@ class Store:
             here = {entry.path: left.pop(entry.sha256) for entry in manifest.files if entry.sha256 in left}
             self._publish(manifest, here, parts, aside, None)
             self._record(manifest.files)
+        if os.path.lexists(self._tree(manifest)):  # with links to what was replaced
+            self._put_right(manifest)
 
     def _publish(
         self,
@@ -316,6 +318,10 @@ class Store:
         self.leases.take(layout.digest(artifact))
         manifest = self.get(artifact)
         self._verify_blobs(manifest)
+        return self._put_right(manifest)
+
+    def _put_right(self, manifest: Manifest) -> Path:
+        """The folder of links to blobs that are right."""
         tree = self._tree(manifest)
         if self._tree_faults(manifest) != trees.NO_FAULTS:
             with (
