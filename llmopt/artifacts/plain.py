@@ -128,7 +128,8 @@ class Prefix:
     def open(cls, url: str) -> Prefix:
         """CorruptError for a manifest that cannot be used; LlmoptError where there is nothing, or half of it."""
         objects = open_objects(url)
-        listed = _listed(objects)
+        found = list(objects.list())
+        listed = [each for each in found if "/" not in each.key]
         names = {found.key for found in listed}
         manifest = _manifest(objects) if MANIFEST_NAME in names else None
         if manifest is None and _BEGUN in names:
@@ -137,7 +138,9 @@ class Prefix:
                 hint="wait, or run the command that writes it again: it goes on where it stopped",
             )
         if not listed:
-            raise LlmoptError(f"nothing lies at `{objects.url}`", hint="check the bucket and the prefix")
+            below = next((each.key for each in found if each.key.endswith(("/config.json", f"/{MANIFEST_NAME}"))), None)
+            meant = "" if below is None else f"did you mean `{objects.url}/{below.rpartition('/')[0]}`?"
+            raise LlmoptError(f"nothing lies at `{objects.url}`", hint=meant or "check the bucket and the prefix")
         return cls(objects=objects, listed=listed, manifest=manifest)
 
     @property
