@@ -8,7 +8,9 @@ They are no identity: that is the sha256 of the whole file, which is always chec
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts.manifest import canonical_json
@@ -32,6 +34,14 @@ def of_bytes(data: bytes | memoryview) -> str:
     from xxhash import xxh3_128_hexdigest
 
     return xxh3_128_hexdigest(data)
+
+
+def of_file(path: Path) -> tuple[str, ...]:
+    """Of each chunk."""
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        spans = (span(size, number) for number in range(count(size)))
+        return tuple(of_bytes(os.pread(file.fileno(), end - begin, begin)) for begin, end in spans)
 
 
 def count(size: int) -> int:

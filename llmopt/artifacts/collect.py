@@ -239,5 +239,4 @@ def _abort(remote: Remote, removal: Removal) -> int:
     from llmopt.artifacts.objects.s3 import S3Objects
 
     assert isinstance(remote.objects, S3Objects)
-    keep = {layout.blob(sha256) for sha256 in removal.blobs}
-    return abort_old(remote.objects, f"{layout.BLOBS}/", removal.now_s - STRAY_S, keep=keep)
+    return abort_old(remote.objects, f"{layout.BLOBS}/", removal.now_s - STRAY_S, except_for=removal.blobs)

@@ -197,6 +197,14 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """All of it: on a disk that is nearly full, the system may write a part and say no word."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
 def copy_file(source: Path, target: Path) -> None:
     """A new, synced file; without moving any bytes where the file system can share them."""
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:

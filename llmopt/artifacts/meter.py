@@ -72,7 +72,7 @@ class Meter:
         said = now >= self._next_line
         if said:
             self._next_line = now + _SAID_S
-        done, seconds = self._moved + self._skipped, now - self._start
+        done, seconds = min(self._total, self._moved + self._skipped), now - self._start
         rate = self._moved / seconds
         left_s = (self._total - done) / rate if rate else None
         left = "" if left_s is None else f", {left_s:.0f} s left"

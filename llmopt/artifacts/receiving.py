@@ -8,17 +8,24 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmopt.artifacts import chunks
-from llmopt.artifacts.disk import sync_file
+from llmopt.artifacts.disk import sync_file, write_at
 from llmopt.artifacts.meter import Meter
 from llmopt.artifacts.objects import GoneError, Objects
-from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all, pool
+from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError
 
+Parts = dict[str, tuple[str, ...]]  # by the sha256 of a large file, the digests of its chunks
+
+Done = Callable[[Path, str], None]
+
+_SMALL_BYTES = 1 << 20
 _READS = 3  # of a chunk that comes wrong
 
 
@@ -33,36 +40,43 @@ class Wanted:
     chunks: tuple[str, ...] = ()
 
 
-def receive(
-    objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Callable[[Path, str], None] = lambda *_: None
-) -> dict[Path, str]:
-    """Each object as its file, read-only and synced; their sha256. What is in the files already and right is kept.
+def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done = lambda *_: None) -> Parts:
+    """Each object as its file, read-only and synced. What is in the files already and right is kept.
 
-    `done` is called with each file, in any thread, once it is complete.
+    `done` is called with each file and its sha256, in any thread, once it is complete.
     Raises CorruptError for what is not of its digest, GoneError for what is not there; good chunks stay for next time.
     """
     meter.expect(len(wanted), sum(each.size for each in wanted))
-    digests: dict[Path, str] = {}
-
-    def add(file: Path, digest: str) -> None:
-        digests[file] = digest
-        done(file, digest)
-
-    small = [each for each in wanted if each.size <= chunks.CHUNK_BYTES]
-    with pool(SMALL_AT_ONCE) as threads:
-        do_all(threads, [lambda each=each: add(each.target, _receive_small(objects, each, meter)) for each in small])  # type: ignore[misc]
-    with pool(LARGE_AT_ONCE) as threads:
-        files = [_Incoming(objects, each, meter, add) for each in wanted if each.size > chunks.CHUNK_BYTES]
-        try:
-            do_all(threads, [lambda file=file, n=n: file.chunk(n) for file in files for n in range(file.count)])  # type: ignore[misc]
-        finally:
-            threads.shutdown(wait=True, cancel_futures=True)
-            for file in files:
-                file.close()
-    return digests
+    found: Parts = {}
+    small = [each for each in wanted if each.size <= _SMALL_BYTES]
+    do_all(SMALL_AT_ONCE, [partial(_receive_whole, objects, each, meter, done) for each in small])
+    begun: set[_Incoming] = set()
+    try:
+        large = [each for each in wanted if each.size > _SMALL_BYTES]
+        do_all(LARGE_AT_ONCE, _jobs(objects, large, meter, done, found, begun))
+    finally:
+        for file in list(begun):
+            file.close()
+    return found
 
 
-def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> str:
+def _jobs(
+    objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done, found: Parts, begun: set[_Incoming]
+) -> Iterator[Callable[[], None]]:
+    """Of one file after the other, begun when its turn comes: in `begun` are those that are open."""
+    for each in wanted:
+        if each.size <= chunks.CHUNK_BYTES:
+            yield partial(_receive_whole, objects, each, meter, done)
+            continue
+        file = _Incoming(objects, each, meter, done, found, begun)
+        yield from (partial(file.chunk, number) for number in range(file.count))
+
+
+def _receive_whole(objects: Objects, wanted: Wanted, meter: Meter, done: Done) -> None:
+    if _is_here(wanted):
+        done(wanted.target, wanted.sha256 or "")
+        meter.skip(wanted.size, files=1)
+        return
     for turn in range(_READS):
         data = objects.read_range(wanted.key, 0, wanted.size) if wanted.size else memoryview(b"")
         if not wanted.size and objects.find(wanted.key) is None:
@@ -70,34 +84,51 @@ def _receive_small(objects: Objects, wanted: Wanted, meter: Meter) -> str:
         digest = hashlib.sha256(data).hexdigest()
         if len(data) == wanted.size and wanted.sha256 in (None, digest):
             break
-        meter.again(wanted.key)
         if turn == _READS - 1:
             raise _spoiled(objects, wanted)
+        meter.again(wanted.key)
     wanted.target.parent.mkdir(parents=True, exist_ok=True)
     wanted.target.unlink(missing_ok=True)
     wanted.target.write_bytes(data)
     wanted.target.chmod(0o444)
     sync_file(wanted.target)
+    done(wanted.target, digest)
     meter.add(wanted.size, files=1)
-    return digest
+
+
+def _is_here(wanted: Wanted) -> bool:
+    """Whether an earlier try has brought it."""
+    with suppress(OSError):
+        if wanted.sha256 is None or wanted.target.stat().st_size != wanted.size:
+            return False
+        if hashlib.sha256(wanted.target.read_bytes()).hexdigest() == wanted.sha256:
+            wanted.target.chmod(0o444)
+            sync_file(wanted.target)
+            return True
+    return False
 
 
 class _Incoming:
     """A large file that comes in chunks, in any order; its sha256 is made in their order."""
 
-    def __init__(self, objects: Objects, wanted: Wanted, meter: Meter, done: Callable[[Path, str], None]) -> None:
+    def __init__(
+        self, objects: Objects, wanted: Wanted, meter: Meter, done: Done, found: Parts, begun: set[_Incoming]
+    ) -> None:
         self._objects, self._wanted, self._meter, self._done = objects, wanted, meter, done
+        self._found, self._begun = found, begun
         self.count = chunks.count(wanted.size)
         self._known = wanted.chunks if len(wanted.chunks) == self.count else ()
-        self._digest = hashlib.sha256()
+        self._digest, self._parts = hashlib.sha256(), list[str]()
         self._turn, self._next, self._failed = threading.Condition(), 0, False
         wanted.target.parent.mkdir(parents=True, exist_ok=True)
-        resumed = bool(self._known) and wanted.target.exists()
-        if not resumed:
+        self._resumed = bool(self._known) and wanted.target.exists()
+        if self._resumed:
+            wanted.target.chmod(0o644)  # it may have been finished
+        else:
             wanted.target.unlink(missing_ok=True)
         self._file = os.open(wanted.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        begun.add(self)
         os.truncate(self._file, wanted.size)
-        self._resumed = resumed
 
     def chunk(self, number: int) -> None:
         """Have it, keep it, and wait for one's turn to add it to the digest."""
@@ -106,7 +137,10 @@ class _Incoming:
             data = self._here(number, begin, end)
             if data is None:
                 data = self._fetched(number, begin, end)
-                os.pwrite(self._file, data, begin)
+                with self._turn:  # while this is held, nobody closes the file
+                    if self not in self._begun:
+                        return
+                    write_at(self._file, data, begin)
                 self._meter.add(end - begin)
             else:
                 self._meter.skip(end - begin)
@@ -115,6 +149,7 @@ class _Incoming:
                 if self._failed:
                     return
             self._digest.update(data)
+            self._parts.append(chunks.of_bytes(data))
             if number + 1 == self.count:
                 self._finish()
             with self._turn:
@@ -153,10 +188,18 @@ class _Incoming:
         os.fchmod(self._file, 0o444)
         os.fsync(self._file)
         self._done(self._wanted.target, digest)
+        self._found[digest] = tuple(self._parts)
+        self.close()
         self._meter.add(0, files=1)
 
     def close(self) -> None:
-        os.close(self._file)
+        """A thread that is left behind, waiting for a server, finds that it has failed."""
+        with self._turn:
+            self._failed = True
+            self._turn.notify_all()
+            if self in self._begun:
+                self._begun.remove(self)
+                os.close(self._file)
 
 
 def _spoiled(objects: Objects, wanted: Wanted) -> CorruptError:

@@ -24,6 +24,7 @@ from llmopt.artifacts import layout
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.objects import Found, Objects, open_objects
 from llmopt.artifacts.outcome import Json, Progress, silent
+from llmopt.artifacts.threads import briefly
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 _WRITE, _REMOVE = "write", "remove"
@@ -149,7 +150,7 @@ class Remote:
 
     def add(self, key: str, data: bytes) -> None:
         """A small object whose key names its content; one that is there already is left if it is right."""
-        if not self.objects.create(key, data) and self._read(key) != data:
+        if self._read(key) != data:
             self.objects.write(key, data)
 
     def set_name(self, name: str, artifact: str) -> str | None:
@@ -191,9 +192,13 @@ class Remote:
         try:
             self._wait_for_removal(lease, progress)
             yield lease
-        finally:
-            with suppress(LlmoptError):  # it ends by itself
-                lease.end()
+        except KeyboardInterrupt:
+            briefly(lease.end)
+            raise
+        except BaseException:
+            lease.end()
+            raise
+        lease.end()
 
     @contextmanager
     def removing(self) -> Iterator[Removal]:
@@ -213,9 +218,13 @@ class Remote:
                     removal.protect(key, data)
             self.objects.delete(found.over)
             yield removal
-        finally:
-            with suppress(LlmoptError):
-                lease.end()
+        except KeyboardInterrupt:
+            briefly(lease.end)
+            raise
+        except BaseException:
+            lease.end()
+            raise
+        lease.end()
 
     # -- within
 
@@ -310,7 +319,8 @@ class Lease:
     def end(self) -> None:
         self._ended.set()
         self._renewing.join()
-        self._objects.delete([self.key])
+        with suppress(LlmoptError):  # it ends by itself
+            self._objects.delete([self.key])
 
     def _renew(self) -> None:
         while not self._ended.wait(self._lasts_s / _RENEWALS):

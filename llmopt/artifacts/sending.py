@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts import chunks
 from llmopt.artifacts.manifest import FileEntry
 from llmopt.artifacts.meter import Meter
-from llmopt.artifacts.objects import PART_BYTES, Objects, Sender
-from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all, pool
+from llmopt.artifacts.objects import PART_BYTES, LostUploadError, Objects, Sender
+from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError, LlmoptError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
+
+_SMALL_BYTES = 1 << 20
+_TURNS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,54 +40,68 @@ class Outgoing:
 
     def send(self, entries: Sequence[FileEntry]) -> None:
         """All of them that are not there."""
-        small = [entry for entry in entries if entry.size <= PART_BYTES]
-        large = [entry for entry in entries if entry.size > PART_BYTES]
-        with pool(SMALL_AT_ONCE) as threads:
-            there = dict(zip(large, threads.map(self._is_there, large), strict=True))
-            missing = [entry for entry in large if not there[entry]]
-            self.meter.expect(len(small) + len(missing), sum(entry.size for entry in (*small, *missing)))
-            do_all(threads, [lambda entry=entry: self._send_small(entry) for entry in small])  # type: ignore[misc]
-        with pool(LARGE_AT_ONCE) as threads:
-            begun = threads.map(lambda entry: self.objects.sender(self.key(entry), entry.size, entry.sha256), missing)
-            senders = list(zip(missing, begun, strict=True))
+        there: dict[FileEntry, bool] = {}
+        do_all(SMALL_AT_ONCE, [partial(self._look, entry, there) for entry in entries])
+        missing = [entry for entry in entries if not there[entry]]
+        self.meter.expect(len(missing), sum(entry.size for entry in missing))
+        small = [entry for entry in missing if entry.size <= _SMALL_BYTES]
+        do_all(SMALL_AT_ONCE, [partial(self._send_whole, entry) for entry in small])
+        large = [entry for entry in missing if entry.size > _SMALL_BYTES]
+        for turn in range(_TURNS):
             try:
-                do_all(threads, [job for entry, sender in senders for job in self._jobs(entry, sender)])
-            except BaseException:
-                threads.shutdown(wait=True, cancel_futures=True)
-                for _, sender in senders:
-                    with suppress(LlmoptError, OSError):
-                        sender.give_up()
-                raise
+                self._send_large([entry for entry in large if not turn or not self._is_there(entry)])
+                break
+            except LostUploadError:  # another process has finished or removed it, with what this one had sent
+                if turn == _TURNS - 1:
+                    raise
+
+    def _send_large(self, entries: Sequence[FileEntry]) -> None:
+        begun: dict[FileEntry, Sender] = {}
+        try:
+            do_all(LARGE_AT_ONCE, self._jobs(entries, begun))
+        except Exception:
+            for sender in list(begun.values()):
+                with suppress(LlmoptError, OSError):
+                    sender.give_up()
+            raise
+
+    def _look(self, entry: FileEntry, there: dict[FileEntry, bool]) -> None:
+        there[entry] = entry.sha256 not in self.replace and self._is_there(entry)
 
     def _is_there(self, entry: FileEntry) -> bool:
-        if entry.sha256 in self.replace:
-            return False
         found = self.objects.find(self.key(entry))
         return found is not None and found.size == entry.size
 
-    def _send_small(self, entry: FileEntry) -> None:
+    def _send_whole(self, entry: FileEntry) -> None:
+        """Two who send it at once send the same bytes."""
         try:
             data = self.store.blob(entry.sha256).read_bytes()
         except OSError:
             raise self._damaged(entry) from None
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise self._damaged(entry)
-        if entry.sha256 in self.replace or not self.objects.create(self.key(entry), data):
-            if self._is_there(entry):
-                self.meter.skip(len(data), files=1)
-                return
-            self.objects.write(self.key(entry), data)
+        self.objects.write(self.key(entry), data)
         self.meter.add(len(data), files=1)
 
-    def _jobs(self, entry: FileEntry, sender: Sender) -> list[Callable[[], None]]:
-        """One for each part that is still to be sent; the last that is done finishes the file."""
+    def _jobs(self, entries: Sequence[FileEntry], begun: dict[FileEntry, Sender]) -> Iterator[Callable[[], None]]:
+        """Of one file after the other, begun when its turn comes: in `begun` are those that are not finished."""
+        for entry in entries:
+            if entry.size <= PART_BYTES:
+                yield partial(self._send_whole, entry)
+                continue
+            if not self._known(entry) and not self.store.has_blob(entry):
+                raise self._damaged(entry)
+            begun[entry] = sender = self.objects.sender(self.key(entry), entry.size, entry.sha256)
+            yield from self._parts(entry, sender, lambda entry=entry: begun.pop(entry))  # type: ignore[misc]
+
+    def _parts(self, entry: FileEntry, sender: Sender, done: Callable[[], Any]) -> list[Callable[[], None]]:
+        """A job for each part that is still to be sent; the last that is done finishes the file."""
         self.meter.skip(entry.size - sum(end - begin for _, begin, end in sender.parts))
-        if entry.sha256 not in self.chunks and not self.store.has_blob(entry):
-            raise self._damaged(entry)
         lock, left = threading.Lock(), [len(sender.parts)]
 
         def finish() -> None:
             sender.finish()
+            done()
             self.meter.add(0, files=1)
 
         def send(number: int, begin: int, end: int) -> None:
@@ -96,9 +114,13 @@ class Outgoing:
             if last:
                 finish()
 
-        if not sender.parts:  # all were sent before, and nobody finished it
-            return [finish]
-        return [lambda part=part: send(*part) for part in sender.parts]  # type: ignore[misc]
+        # All may have been sent before, and nobody finished it.
+        return [partial(send, *part) for part in sender.parts] or [finish]
+
+    def _known(self, entry: FileEntry) -> tuple[str, ...]:
+        """The digests of its chunks, if there is one for each."""
+        found = self.chunks.get(entry.sha256, ())
+        return found if len(found) == chunks.count(entry.size) else ()
 
     def _read(self, entry: FileEntry, begin: int, end: int) -> memoryview:
         try:
@@ -108,7 +130,7 @@ class Outgoing:
             raise self._damaged(entry) from None
         if len(data) != end - begin:
             raise self._damaged(entry)
-        for number, digest in enumerate(self.chunks.get(entry.sha256, ())):
+        for number, digest in enumerate(self._known(entry)):
             at, after = chunks.span(entry.size, number)
             if begin <= at < end and chunks.of_bytes(data[at - begin : after - begin]) != digest:
                 raise self._damaged(entry)

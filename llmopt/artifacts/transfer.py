@@ -86,7 +86,10 @@ def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> Non
         wanted = [
             Wanted(layout.blob(e.sha256), e.size, folder / e.sha256, e.sha256, parts.get(e.sha256, ())) for e in missing
         ]
-        receive(remote.objects, wanted, meter)
+        parts |= receive(remote.objects, wanted, meter)
+        for entry in entries.values():
+            if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts:
+                parts[entry.sha256] = chunks.of_file(store.blob(entry.sha256))
         store.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 

@@ -33,7 +33,7 @@ def chosen() -> set[str]:
 def wanted(item: pytest.Item) -> set[str]:
     servers = {STARTS[name] for name in getattr(item, "fixturenames", ()) if name in STARTS}
     if callspec := getattr(item, "callspec", None):
-        servers |= {callspec.params.get(name) for name in ("s3_server", "place")} & set(NAMES)
+        servers |= {value for value in callspec.params.values() if isinstance(value, str) and value in NAMES}
     return servers
 
 

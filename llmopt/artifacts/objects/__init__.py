@@ -35,6 +35,10 @@ class GoneError(LlmoptError):
     """There is no such object (any more)."""
 
 
+class LostUploadError(LlmoptError):
+    """What was sent of a large file is not there any more: it has to be begun anew."""
+
+
 class Sender(Protocol):
     """A large file on its way, in parts that may be sent in any order and at the same time."""
 
@@ -66,7 +70,7 @@ class Objects(Protocol):
 
     def find(self, key: str) -> Found | None: ...
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """In place of whatever is there."""
 
     def create(self, key: str, data: bytes | memoryview) -> bool:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from botocore.credentials import Credentials
 
 _DEFAULT_REGION = "us-east-1"
+#: Of AWS's partitions, by what their regions begin with.
+_DOMAINS = (("cn-", "amazonaws.com.cn"), ("us-isob-", "sc2s.sgov.gov"), ("us-iso-", "c2s.ic.gov"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +56,16 @@ class Access:
             )
         return cls(endpoint=endpoint.rstrip("/"), region=region, credentials=credentials)
 
-    def for_obstore(self) -> dict[str, Any]:
-        """As obstore asks for them, again and again."""
+    def frozen(self) -> Any:
+        """As they are now, renewed if they had to be."""
         try:
-            frozen = self.credentials.get_frozen_credentials()
+            return self.credentials.get_frozen_credentials()
         except Exception as error:  # botocore raises what its provider raises
             raise LlmoptError(f"the AWS credentials cannot be renewed: {error}", hint="log in again") from error
+
+    def for_obstore(self) -> dict[str, Any]:
+        """As obstore asks for them, again and again."""
+        frozen = self.frozen()
         return {
             "access_key_id": frozen.access_key,
             "secret_access_key": frozen.secret_key,
@@ -83,5 +89,5 @@ def _configured_endpoint(session: Any) -> str | None:
 
 
 def _aws_endpoint(region: str) -> str:
-    """Of Amazon's own S3, by the rule that its documentation states."""
-    return f"https://s3.{region}.amazonaws.com" + (".cn" if region.startswith("cn-") else "")
+    domain = next((domain for prefix, domain in _DOMAINS if region.startswith(prefix)), "amazonaws.com")
+    return f"https://s3.{region}.{domain}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from llmopt.artifacts import disk
 from llmopt.artifacts.objects import Found, GoneError, parts_of
+from llmopt.errors import LlmoptError
 
 _ASIDE = "tmp"
 
@@ -30,37 +32,42 @@ class DiskObjects:
         return None if found is None else found[0]
 
     def read_tagged(self, key: str, *, most: int) -> tuple[bytes, str | None] | None:
-        try:
-            with (self.root / key).open("rb") as file:
-                data = file.read(most + 1)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return None
-        return data, hashlib.sha256(data).hexdigest()
+        with self._reading():
+            try:
+                with (self.root / key).open("rb") as file:
+                    data = file.read(most + 1)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+            return data, hashlib.sha256(data).hexdigest()
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
-        try:
-            with (self.root / key).open("rb", buffering=0) as file:
-                return memoryview(os.pread(file.fileno(), end - begin, begin))
-        except (FileNotFoundError, NotADirectoryError):
-            raise GoneError(f"`{self.root / key}` is missing") from None
+        with self._reading():
+            try:
+                with (self.root / key).open("rb", buffering=0) as file:
+                    return memoryview(os.pread(file.fileno(), end - begin, begin))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise GoneError(f"`{self.root / key}` is missing") from None
 
     def find(self, key: str) -> Found | None:
-        try:
-            status = (self.root / key).stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return Found(key, status.st_size, status.st_mtime)
+        with self._reading():
+            try:
+                status = (self.root / key).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Found(key, status.st_size, status.st_mtime) if stat.S_ISREG(status.st_mode) else None
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         with self._writing(), disk.temporary(self.root / _ASIDE) as aside:
-            disk.publish(data, self.root / key, aside=aside, root=self.root)
+            disk.publish(bytes(data), self.root / key, aside=aside, root=self.root)
             os.utime(self.root / key)  # by the clock of the disk's own machine, where that is another
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
         target = self.root / key
         if target.exists():
             return False
-        with self._writing(), disk.temporary(self.root / _ASIDE) as aside:
+        with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / _ASIDE / ".swap"):
+            if target.exists():
+                return False
             disk.publish(bytes(data), target, aside=aside, root=self.root)
         return True
 
@@ -96,10 +103,20 @@ class DiskObjects:
     def delete(self, keys: Sequence[str]) -> None:
         with self._writing():
             for key in keys:
-                (self.root / key).unlink(missing_ok=True)
+                with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    (self.root / key).unlink()
 
     def now(self) -> float:
         return time.time()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LlmoptError(
+                f"`{error.filename or self.root}` cannot be read: {error.strerror or error}", hint="check the disk"
+            ) from error
 
     def _writing(self) -> AbstractContextManager[None]:
         return disk.writing("the folder", self.root, option="another URL")
@@ -110,24 +127,24 @@ class _Sender:
         self._objects, self._key = objects, key
         self.parts: Sequence[tuple[int, int, int]] = parts_of(size)
         self._starts = {number: begin for number, begin, _ in self.parts}
-        self._folder = disk.temporary(objects.root / _ASIDE)
-        with objects._writing():
-            self._file = self._folder.__enter__() / "file"
+        self._held = ExitStack()
+        with objects._writing(), ExitStack() as held:
+            self._file = held.enter_context(disk.temporary(objects.root / _ASIDE)) / "file"
             self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o444)
+            held.callback(os.close, self._descriptor)
+            self._held = held.pop_all()
 
     def send(self, number: int, data: bytes | memoryview) -> None:
         with self._objects._writing():
-            os.pwrite(self._descriptor, data, self._starts[number])
+            disk.write_at(self._descriptor, data, self._starts[number])
 
     def finish(self) -> None:
         target = self._objects.root / self._key
-        with self._objects._writing():
+        with self._objects._writing(), self._held:
             os.fsync(self._descriptor)
             target.parent.mkdir(parents=True, exist_ok=True)
             self._file.replace(target)
             disk.sync_folders([target], self._objects.root)
-        self.give_up()
 
     def give_up(self) -> None:
-        os.close(self._descriptor)
-        self._folder.__exit__(None, None, None)
+        self._held.close()

@@ -31,37 +31,77 @@ _KNOWN = {
     "IllegalLocationConstraintException": ("the bucket `{bucket}` is in another region", _REGION),
     "QuotaExceeded": ("the bucket `{bucket}` is full", "free some space: `llmopt store gc`"),
 }
+_BUSY = (408, 429, 500, 502, 503, 504)
+_PASSING = ("RequestTimeout", "SlowDown", "OperationAborted", "BadDigest", "XAmzContentSHA256Mismatch")
+#: obstore's words for a connection that broke, in whatever state.
+_TRANSPORT = re.compile(r"HttpError|HTTP error|error decoding response body|reqwest::Error|unexpected EOF")
+#: By what obstore and urllib3 say of a request that got no answer: what it means.
+_SILENCES = [
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"[Cc]ertificate|CERTIFICATE", "the certificate of `{endpoint}` is not trusted here"),
+        (r"Connection refused", "`{endpoint}` does not answer: connection refused"),
+        (r"dns error|Failed to resolve", "`{endpoint}` does not answer: its name is not known"),
+        (r"[Tt]imed ?[Oo]ut|Timeout", "`{endpoint}` does not answer: it has been silent for too long"),
+        (
+            r"Reset|reset|Interrupted|EOF|Eof|Incomplete|Broken|Disconnected|closed",
+            "the connection to `{endpoint}` keeps breaking",
+        ),
+    )
+]
 _BY_STATUS = {301: "PermanentRedirect", 401: "SignatureDoesNotMatch", 403: "AccessDenied"}
+
+
+class RefusedError(LlmoptError):
+    """A server's last answer, with the code of S3's that it gave, if any."""
+
+    s3_code: str | None = None
+    status: int | None = None
 
 
 def tell(text: str, *, bucket: str, endpoint: str, what: str) -> LlmoptError:
     """The error for a server's last answer, or for none. `what` was tried: `reading`, `listing`."""
-    code, status = _first(_CODE, text), _first(_STATUS, text)
-    known = _KNOWN.get(code or "") or _KNOWN.get(_BY_STATUS.get(int(status or 0), ""))
+    code, status = code_of(text), status_of(text)
+    if status is None and "configured region" in text:  # obstore's words for a redirect
+        status = 301
+    if code is None and status is None:
+        said = next((words for pattern, words in _SILENCES if pattern.search(text)), None)
+        said = said or "`{endpoint}` does not answer: " + text.partition("\n")[0].replace("{", "").replace("}", "")
+        hint = "check `AWS_ENDPOINT_URL` and that the server is up; the same command goes on where it stopped"
+        return LlmoptError(said.format(endpoint=endpoint), hint=hint)
+    known = _KNOWN.get(code or "") or _KNOWN.get(_BY_STATUS.get(status or 0, ""))
     if known is not None:
         message, hint = known
-        return LlmoptError(message.format(bucket=bucket, endpoint=endpoint, what=what), hint=hint)
-    said = " ".join(part for part in (status, code, _first(_MESSAGE, text)) if part)
-    if said:
-        return LlmoptError(
-            f"{what} in the bucket `{bucket}` failed: `{endpoint}` kept answering {said}",
-            hint="run the command again: it goes on where it stopped",
-        )
-    return LlmoptError(
-        f"`{endpoint}` does not answer: {_reason(text)}", hint="check `AWS_ENDPOINT_URL` and that the server is up"
-    )
+        message = message.format(bucket=bucket, endpoint=endpoint, what=what)
+        if code is not None and code not in _KNOWN:
+            message += f" ({code})"
+    else:
+        said = " ".join(str(part) for part in (status, code, _first(_MESSAGE, text)) if part)
+        kept = "kept answering" if is_passing(text) else "answered"
+        message = f"{what} in the bucket `{bucket}` failed: `{endpoint}` {kept} {said.rstrip('.')}"
+        hint = "run the command again: it goes on where it stopped"
+    error = RefusedError(message, hint=hint)
+    error.s3_code, error.status = code, status
+    return error
+
+
+def is_passing(text: str) -> bool:
+    """Whether another try may get another answer: the server is busy, or none came, or not all of it."""
+    status, code = status_of(text), code_of(text)
+    if code in _PASSING:
+        return True
+    return status in _BUSY if status is not None else _TRANSPORT.search(text) is not None
 
 
 def code_of(text: str) -> str | None:
     return _first(_CODE, text)
 
 
+def status_of(text: str) -> int | None:
+    found = _first(_STATUS, text)
+    return None if found is None else int(found)
+
+
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
     found = pattern.search(text)
     return None if found is None else found[1]
-
-
-def _reason(text: str) -> str:
-    """The end of a chain of causes, which says the most."""
-    line = text.partition("\n")[0]
-    return line.rpartition(": ")[2] or line

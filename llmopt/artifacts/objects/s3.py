@@ -1,4 +1,5 @@
-"""Objects in a bucket of any S3 server, by obstore; large ones in parts that survive a cut (`multipart.py`).
+"""Objects in a bucket of any S3 server, by obstore; large ones in parts that survive a cut, and listings, by
+`multipart.py`.
 
 Nothing here trusts an ETag: who reads compares digests. Source: Amazon S3 API reference.
 """
@@ -13,9 +14,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmopt import backends
-from llmopt.artifacts.objects import PART_BYTES, Found, GoneError, errors
+from llmopt.artifacts.objects import PART_BYTES, Found, GoneError, errors, multipart
 from llmopt.artifacts.objects.credentials import Access
+from llmopt.artifacts.objects.errors import RefusedError
 from llmopt.artifacts.objects.multipart import Upload, Wire
+from llmopt.artifacts.objects.retries import again
+from llmopt.artifacts.threads import apart
 from llmopt.errors import LlmoptError, SettingsError
 
 if TYPE_CHECKING:
@@ -24,9 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/(.*))?")
-_RETRIES = 6
-_RETRY_S = 100
-_CONNECT_S, _SILENCE_S = 10, 60
 
 
 class S3Objects:
@@ -42,6 +43,7 @@ class S3Objects:
         self._errors: Any = backends.load("obstore.exceptions", extra="s3")
         self._obstore = obstore
         self._odd_ranges = False
+        self.met = False  # whether the server has ever answered
         self._store = store.S3Store(
             bucket,
             prefix=prefix or None,
@@ -51,16 +53,12 @@ class S3Objects:
             credential_provider=access.for_obstore,
             client_options={
                 "allow_http": access.endpoint.startswith("http://"),
-                "connect_timeout": timedelta(seconds=_CONNECT_S),
-                "read_timeout": timedelta(seconds=_SILENCE_S),
+                "connect_timeout": timedelta(seconds=multipart.CONNECT_S),
+                "read_timeout": timedelta(seconds=multipart.SILENCE_S),
                 "timeout": timedelta(hours=1),  # a slow line is no error; silence is
                 "pool_idle_timeout": timedelta(seconds=20),
             },
-            retry_config={
-                "max_retries": _RETRIES,
-                "retry_timeout": timedelta(seconds=_RETRY_S),
-                "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10)},
-            },
+            retry_config={"max_retries": 0},  # it would not try conditional writes again; `retries.py` does
         )
 
     @classmethod
@@ -79,25 +77,28 @@ class S3Objects:
         return None if found is None else found[0]
 
     def read_tagged(self, key: str, *, most: int) -> tuple[bytes, str | None] | None:
-        def get() -> tuple[bytes, str | None]:
+        def get() -> tuple[bytes | None, str | None]:
             result = self._obstore.get(self._store, key)
-            if result.meta["size"] > most:
-                return bytes(self._obstore.get_range(self._store, key, start=0, end=most + 1)), result.meta["e_tag"]
-            return bytes(result.bytes()), result.meta["e_tag"]
+            meta = result.meta
+            return (bytes(result.bytes()) if meta["size"] <= most else None), meta["e_tag"]
 
-        return self._try("reading", get, gone=None)
+        found = self._try("reading", get, gone=None)
+        if found is None:
+            return None
+        data, tag = found
+        return bytes(self.read_range(key, 0, most + 1)) if data is None else data, tag
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
         if begin == end:
             return memoryview(b"")
         if not self._odd_ranges:
             try:
-                return memoryview(self._obstore.get_range(self._store, key, start=begin, end=end))
+                return memoryview(self._tried(lambda: self._obstore.get_range(self._store, key, start=begin, end=end)))
             except (self._errors.NotFoundError, FileNotFoundError) as error:
                 raise self._gone(error, key) from None
             except self._errors.BaseError as error:
-                if "InvalidRange" in str(error) or "416" in str(error):  # it is shorter than that
-                    return memoryview(b"")
+                if errors.status_of(str(error)) == 416 or errors.code_of(str(error)) == "InvalidRange":
+                    return memoryview(b"")  # it is shorter than that
                 if "non-partial response" not in str(error):
                     raise self._tell(error, "reading") from None
                 self._odd_ranges = True  # rclone gives the range, and says that it is the whole
@@ -107,14 +108,14 @@ class S3Objects:
         meta = self._try("reading", lambda: self._obstore.head(self._store, key), gone=None)
         return None if meta is None else _found(meta)
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         self._try("writing", lambda: self._obstore.put(self._store, key, data, use_multipart=False))
 
     def create(self, key: str, data: bytes | memoryview) -> bool:
         if not self.abilities.creates:
             if self.find(key) is not None:
                 return False
-            self._try("writing", lambda: self._obstore.put(self._store, key, data, use_multipart=False))
+            self.write(key, data)
             return True
         return self.conditional(key, data, "create")
 
@@ -126,7 +127,7 @@ class S3Objects:
             tag = tag.strip('"')
         return self.conditional(key, data, "create" if tag is None else {"e_tag": tag})
 
-    @cached_property
+    @property
     def swaps(self) -> bool:
         """Whether one of several writers at the same time wins, and the others learn of it."""
         return self.abilities.swaps
@@ -135,21 +136,14 @@ class S3Objects:
         return Upload.begin(self, key, size, digest)
 
     def list(self, prefix: str = "") -> Iterator[Found]:
-        # A prefix of obstore's is one of whole folders: what is below is filtered here.
-        folder = prefix.rpartition("/")[0]
-        batches = self._try("listing", lambda: self._obstore.list(self._store, folder or None, chunk_size=1000))
-        while True:
-            batch = self._try("listing", lambda: next(batches, None))
-            if batch is None:
-                return
-            yield from (_found(meta) for meta in batch if meta["path"].startswith(prefix))
+        yield from Wire.of(self).list(prefix)
 
     def delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), 1000):
             batch = list(keys[start : start + 1000])
             try:
                 self._try("deleting", lambda batch=batch: self._obstore.delete(self._store, batch))  # type: ignore[misc]
-            except LlmoptError:  # not every server deletes many at once
+            except RefusedError:  # not every server deletes many at once
                 for key in batch:
                     self._try("deleting", lambda key=key: self._obstore.delete(self._store, key), gone=None)  # type: ignore[misc]
 
@@ -166,17 +160,17 @@ class S3Objects:
 
     @cached_property
     def abilities(self) -> Abilities:
-        from llmopt.artifacts.objects.abilities import known
+        from llmopt.artifacts.objects.abilities import Abilities
 
-        return known(self)
+        return Abilities.known(self)
 
     def conditional(self, key: str, data: bytes | memoryview, mode: Any) -> bool:
         """With obstore's `mode`; false where the condition does not hold, also where a first, lost try has met it."""
         try:
-            self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            self._tried(lambda: self._obstore.put(self._store, key, data, mode=mode, use_multipart=False))
         except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
             return False
-        except self._errors.NotFoundError as error:
+        except (self._errors.NotFoundError, FileNotFoundError) as error:
             if errors.code_of(str(error)) == "NoSuchKey":  # there is nothing to swap any more
                 return False
             raise self._tell(error, "writing") from None
@@ -189,13 +183,27 @@ class S3Objects:
     def _try(self, what: str, work: Callable[[], T], **default: T) -> T:
         """`gone` is the answer where there is no such object."""
         try:
-            return work()
+            return self._tried(work)
         except (self._errors.NotFoundError, FileNotFoundError) as error:
             if "gone" in default and errors.code_of(str(error)) != "NoSuchBucket":
                 return default["gone"]
             raise self._tell(error, what) from None
         except self._errors.BaseError as error:
             raise self._tell(error, what) from None
+
+    def _tried(self, work: Callable[[], T]) -> T:
+        """What obstore gives or raises in the end."""
+
+        def once() -> T:
+            try:
+                found = work()
+            except Exception as error:
+                self.met |= errors.status_of(str(error)) is not None
+                raise
+            self.met = True
+            return found
+
+        return apart(lambda: again(once, passing=lambda error: errors.is_passing(str(error)), met=lambda: self.met))
 
     def _gone(self, error: Exception, key: str) -> LlmoptError:
         if errors.code_of(str(error)) == "NoSuchBucket":
