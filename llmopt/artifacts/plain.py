@@ -220,9 +220,9 @@ def _read_artifact(store: Store, objects: Objects, manifest: Manifest, progress:
     with here.stage(manifest.hex) as folder:
         meter = Meter(progress, "pull", f"fetching {objects.url}")
         wanted = [Wanted(entry.path, entry.size, folder / entry.sha256, entry.sha256) for entry in missing]
-        receive(objects, wanted, meter)
+        parts = here.chunks(manifest) | receive(objects, wanted, meter)
         meter.end()
-        here.adopt(manifest, {entry.sha256: folder / entry.sha256 for entry in missing}, {})
+        here.adopt(manifest, {entry.sha256: folder / entry.sha256 for entry in missing}, parts)
     _Known.read(store.root, objects, []).remember(manifest.id)
     store.make_room(manifest.id)
 
