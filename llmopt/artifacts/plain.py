@@ -128,7 +128,8 @@ class Prefix:
     def open(cls, url: str) -> Prefix:
         """CorruptError for a manifest that cannot be used; LlmoptError where there is nothing, or half of it."""
         objects = open_objects(url)
-        listed = _listed(objects)
+        found = list(objects.list())
+        listed = [each for each in found if "/" not in each.key]
         names = {found.key for found in listed}
         manifest = _manifest(objects) if MANIFEST_NAME in names else None
         if manifest is None and _BEGUN in names:
@@ -137,7 +138,9 @@ class Prefix:
                 hint="wait, or run the command that writes it again: it goes on where it stopped",
             )
         if not listed:
-            raise LlmoptError(f"nothing lies at `{objects.url}`", hint="check the bucket and the prefix")
+            below = next((each.key for each in found if each.key.endswith(("/config.json", f"/{MANIFEST_NAME}"))), None)
+            meant = "" if below is None else f"did you mean `{objects.url}/{below.rpartition('/')[0]}`?"
+            raise LlmoptError(f"nothing lies at `{objects.url}`", hint=meant or "check the bucket and the prefix")
         return cls(objects=objects, listed=listed, manifest=manifest)
 
     @property
@@ -217,9 +220,9 @@ def _read_artifact(store: Store, objects: Objects, manifest: Manifest, progress:
     with here.stage(manifest.hex) as folder:
         meter = Meter(progress, "pull", f"fetching {objects.url}")
         wanted = [Wanted(entry.path, entry.size, folder / entry.sha256, entry.sha256) for entry in missing]
-        receive(objects, wanted, meter)
+        parts = here.chunks(manifest) | receive(objects, wanted, meter)
         meter.end()
-        here.adopt(manifest, {entry.sha256: folder / entry.sha256 for entry in missing}, {})
+        here.adopt(manifest, {entry.sha256: folder / entry.sha256 for entry in missing}, parts)
     _Known.read(store.root, objects, []).remember(manifest.id)
     store.make_room(manifest.id)
 

@@ -24,6 +24,8 @@ from llmopt.artifacts.store import Store, is_abbreviated, the_one
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 _AT_ONCE = 16
+#: With a shared cache that has not answered yet.
+_PATIENCE_S = 15.0
 
 
 def open_store(
@@ -85,7 +87,7 @@ class SharedStore(Store):
         self.remote = remote
         self.own, self._push, self._trust, self._cache_bytes = own, push, tuple(trust), cache_bytes
         self._progress = progress
-        self._lost = False  # a cache that does not answer is not asked again
+        self._met, self._lost = False, False  # a cache that does not answer is not asked again
         self._damaged_there: set[str] = set()  # to be put right there once they are made again
         if own:
             self.url = remote.url
@@ -391,7 +393,7 @@ class SharedStore(Store):
         if self._lost:
             return otherwise
         try:
-            return work()
+            return work() if self.own or self._met else self._first(work)
         except (CorruptError, SettingsError):
             raise
         except LlmoptError as error:
@@ -400,6 +402,17 @@ class SharedStore(Store):
             self._lost = True
             self._progress(f"going on without the shared cache `{self.remote.url}`: {error.message}")
             return otherwise
+
+    def _first(self, work: Callable[[], Any]) -> Any:
+        """Work without a cache is worth more than waiting for one: that is for what is on its way."""
+        from llmopt.artifacts.threads import apart
+
+        try:
+            answer = apart(work, patience_s=_PATIENCE_S)
+        except TimeoutError:
+            raise LlmoptError(f"it has not answered for {_PATIENCE_S:.0f} s") from None
+        self._met = True
+        return answer
 
 
 def told_of_name(remote: Remote, name: str, before: str | None) -> Iterator[str]:

@@ -67,6 +67,13 @@ class Store:
         """The store in a folder (a path or `file://`), else in $LLMOPT_STORE, else in the user's data folder."""
         return cls(_root(url or os.environ.get("LLMOPT_STORE") or None))
 
+    @classmethod
+    def around(cls, path: Path) -> Store | None:
+        """The store that has handed out this folder as an artifact's; None for any other folder."""
+        trees_folder = path.absolute().parent
+        handed_out = trees_folder.name == "trees" and layout.HEX.fullmatch(path.name) is not None
+        return cls(trees_folder.parent) if handed_out and path.is_dir() else None
+
     # -- writing
 
     @contextmanager
@@ -506,9 +513,23 @@ class Store:
 
     def _blob_problems(self, entries: Sequence[FileEntry], *, here: bool = False) -> list[tuple[FileEntry, str]]:
         """What is wrong with stored files, and that the others are right is known from now on."""
-        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), entries)
+        unread = [entry for entry in entries if not self._is_known(entry, here=here)]
+        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread) if unread else []
         self._record(entries)
-        return [(entry, problem) for entry, problem in zip(entries, problems, strict=True) if problem is not None]
+        return [(entry, problem) for entry, problem in zip(unread, problems, strict=True) if problem is not None]
+
+    def _is_known(self, entry: FileEntry, *, here: bool) -> bool:
+        """Whether the file has been read through and looks the same, which asks for no threads."""
+        try:
+            found = self.blob(entry.sha256).lstat()
+        except OSError:
+            return False
+        here = here or self._verify_full
+        return (
+            stat.S_ISREG(found.st_mode)
+            and found.st_size == entry.size
+            and self._verified.holds(entry.sha256, found, here=here)
+        )
 
     def _blob_problem(self, entry: FileEntry, *, here: bool = False) -> str | None:
         """What is wrong with a stored file, by reading all of it unless it is known and looks the same.

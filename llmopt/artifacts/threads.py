@@ -57,13 +57,19 @@ def do_all(count: int, jobs: Iterable[Callable[[], Any]]) -> None:
         raise error
 
 
-def apart(work: Callable[[], T]) -> T:
-    """The result of the work, for which the main thread waits so that Ctrl-C gets through."""
+def apart(work: Callable[[], T], *, patience_s: float | None = None) -> T:
+    """The result of the work, for which the main thread waits so that Ctrl-C gets through.
+
+    TimeoutError where that takes longer than `patience_s`; the work is left behind.
+    """
     if threading.current_thread() is not threading.main_thread():
         return work()
     thread, answer = _begun(work)
     try:
-        done, value = answer.get()
+        done, value = answer.get(timeout=patience_s)
+    except Empty:
+        _leave(thread)
+        raise TimeoutError from None
     except BaseException:
         _leave(thread)
         raise
@@ -105,5 +111,6 @@ def _leave(*threads: threading.Thread) -> None:
 
 def _wait_for_left() -> None:
     deadline = time.monotonic() + _PATIENCE_S
-    for thread in _left:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    with suppress(KeyboardInterrupt):  # who presses Ctrl-C again does not want to wait
+        for thread in _left:
+            thread.join(max(0.0, deadline - time.monotonic()))

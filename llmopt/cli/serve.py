@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from llmopt.cli import options as opt
+
+if TYPE_CHECKING:
+    from llmopt.artifacts.store import Store
 
 
 def serve(
@@ -33,10 +36,12 @@ def serve(
     Prints `ready URL` on stdout once it takes requests.
     """
     from llmopt import serve as server
+    from llmopt.artifacts.store import Store
     from llmopt.pipeline import inputs
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose, remote=remote, verify=verify)
-    source = inputs.resolve(session.store, engine, session.console.progress)
+    store_here = Store.around(Path(engine)) or session.store
+    source = inputs.resolve(store_here, engine, session.console.progress)
     inputs.require(source, "serve", "engine")
     server.check(source.path, host, port)
 
@@ -49,16 +54,16 @@ def serve(
         host=host,
         port=port,
         model_name=model_name or source.label.rstrip("/").rpartition("/")[2],
-        cache_dir=_cache(session, source.id),
+        cache_dir=_cache(session, store_here, source.id),
         max_batch=server.MAX_BATCH if max_batch is None else max_batch,
         ready=ready,
     )
     session.console.progress("stopped")
 
 
-def _cache(session: opt.Session, engine: str) -> Path | None:
+def _cache(session: opt.Session, store: Store, engine: str) -> Path | None:
     """Where the runtime keeps what it compiled for this machine, so that the next start is quicker; None: nowhere."""
-    folder = session.store.root / "cache" / engine.removeprefix("sha256:")[:16]
+    folder = store.root / "cache" / engine.removeprefix("sha256:")[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -69,7 +69,7 @@ def reproduce(store: Store, artifact: str, progress: Progress, *, given: Sequenc
     start, started = time.monotonic(), time.time()
     stage = rebuild(store, action, _Found.of(store, action, given, progress))
     with store.stage() as folder:
-        scratch = type(store).open(str(folder / "store"))
+        scratch = type(store.here).open(str(folder / "store"))
         result = runner.execute(scratch, stage, progress)
         remade = scratch.get(result.artifact)
         files = file_lines(manifest, remade)

@@ -99,7 +99,7 @@ class Objects(Protocol):
 
 def open_objects(url: str) -> Objects:
     """The folder (a path or `file://`) or the `s3://bucket/prefix` that a user named. Nothing is asked yet."""
-    if url.startswith("s3://"):
+    if is_s3(url):
         return open_s3(url)
     from llmopt.artifacts.objects.disk import DiskObjects
 
@@ -113,6 +113,9 @@ def open_s3(url: str) -> S3Objects:
 
 
 def is_s3(url: str) -> bool:
+    """SettingsError for what was meant to be, and would be taken for a folder."""
+    if url[:4].lower() == "s3:/" and not url.startswith("s3://"):
+        raise SettingsError(f"`{url}` is no address on S3", hint="write it as `s3://BUCKET/PREFIX`")
     return url.startswith("s3://")
 
 

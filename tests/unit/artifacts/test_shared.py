@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from servers import Answer, Proxy, Server
+from servers import Answer, Hang, Proxy, Server
 from servers.places import Place
 
 from llmopt.artifacts import Action, Manifest, Store, attest, layout, transfer
@@ -190,6 +190,20 @@ def test_a_cache_that_is_down_is_done_without_and_told_once(
     [line] = told
     assert line.startswith(f"going on without the shared cache `{watched.url}`: ")
     assert proxy.count() == 1
+
+
+def test_a_cache_that_hangs_is_not_waited_for(
+    watched: Place,
+    proxy: Proxy,
+    shared: Callable[..., SharedStore],
+    make_action: MakeAction,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmopt.artifacts.shared._PATIENCE_S", 0.2)
+    proxy.fail(with_=Hang(), times=None)
+    assert shared("mine", watched).find(make_action().key) is None
+    assert told == [f"going on without the shared cache `{watched.url}`: it has not answered for 0 s"]
 
 
 def test_a_cache_that_goes_down_while_a_result_is_fetched_is_done_without(
