@@ -146,8 +146,9 @@ def faults(
 
 
 def at_once() -> int:
-    """Files that are read or hashed at the same time: two saturate two cores, and four most disks."""
-    return max(2, min(4, os.cpu_count() or 2))
+    """Files that are read or hashed at the same time: one waits for the disk while others compute, up to what disks
+    give."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 def in_parallel(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
