@@ -63,7 +63,7 @@ def pull(
         opt.option("--include", metavar="GLOB", help="Only files like this, as '*.json'; into the folder of --out."),
     ] = None,
     out: Annotated[
-        str | None, opt.option("--out", metavar="DIR", help="Copy the artifact, or what --include names, here.")
+        str | None, opt.option("--out", metavar="DIR", help="Copy it here (or to s3://...), or what --include names.")
     ] = None,
     name: opt.Name = None,
     store: opt.StoreFolder = None,

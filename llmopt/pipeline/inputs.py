@@ -345,7 +345,7 @@ def _refuse_s3(reference: str, what: str) -> None:
 
 
 def _no_subject(store: Store, reference: str) -> LlmoptError:
-    hint = "give an engine that `llmopt compile` made (folder, id or name), or a server as `http://127.0.0.1:8000`"
+    hint = "give an engine that `llmopt compile` made (folder, prefix on S3, id or name), or a server as `http://127.0.0.1:8000`"
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", reference):
         return SettingsError(f"`{reference}` has no scheme", hint=f"write it as `http://{reference}`")
     close = nearest(reference, store.names())
