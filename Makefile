@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-s3 check bench bench-quantize bench-memory bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
+.PHONY: setup demo test test-s3 check bench bench-quantize bench-memory bench-store bench-large bench-client bench-gate bench-judges bench-plan gpu model clean
 
 setup: $(READY)
 
@@ -21,7 +21,7 @@ test: setup  ## all tests, judges included; benchmarks are left to `make bench`
 
 test-s3: setup .venv-swift/.ready  ## what needs an S3 server, on Ceph and on OpenStack Swift (`make test` has rclone's)
 	tests/servers/install.sh
-	LLMOPT_TEST_S3=ceph,swift $(BIN)/python -m pytest -q -m s3
+	LLMOPT_TEST_S3=ceph,swift $(BIN)/python -m pytest -q -m "s3 and not bench"
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -75,6 +75,10 @@ gpu: setup  ## on a machine with an NVIDIA GPU and a CUDA build of torch: what w
 
 bench-memory: setup  ## 8 GB of weights under 4 GB of memory, and killed twenty times
 	$(BIN)/python -m pytest -q -s -m bench tests/bench/test_memory.py
+
+bench-store: setup .venv-boto3/.ready  ## the store beside cp, sha256, obstore and boto3, on Ceph; LLMOPT_BENCH_STORE_BYTES=50e6 for a look
+	tests/servers/install.sh
+	LLMOPT_TEST_S3=ceph $(BIN)/python -m pytest -q -s -m bench tests/bench/test_store.py
 
 bench-judges: $(JUDGES:%=judge-%)  ## other tools load what we wrote
 

@@ -91,13 +91,15 @@ def collect(
     dry_run: bool = False,
     progress: Progress = silent,
     users: Users | None = None,
+    alone: bool = False,
 ) -> Collected:
     """Remove what is not named, not in use, not an ancestor of what is, and older than that many seconds.
 
+    `alone`: see `Remote.removing`.
     LlmoptError when a name stands for nothing: what it stood for could be anything here.
     """
     users = users or _Unknown()
-    with remote.removing() as removal:
+    with remote.removing(alone=alone) as removal:
         listed = remote.listed()
         for problem in remote.broken_names(listed).values():
             raise LlmoptError(

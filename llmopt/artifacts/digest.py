@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
-from llmopt.artifacts import licenses
+from llmopt.artifacts import disk, licenses
 from llmopt.artifacts.chunks import CHUNK_BYTES, chunk_digest
 from llmopt.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parents
 from llmopt.errors import CorruptError, LlmoptError
@@ -81,21 +81,29 @@ def read_through(file: BinaryIO) -> tuple[str, tuple[str, ...]]:
     return whole.hexdigest(), tuple(chunks) if len(chunks) > 1 else ()
 
 
-def describe(path: Path, kind: str, *, only: Iterable[str] | None = None) -> Manifest:
+def _entry(path: Path, name: str) -> FileEntry:
+    return FileEntry(name, path.stat().st_size, sha256_file(path))
+
+
+def describe(
+    path: Path, kind: str, *, only: Iterable[str] | None = None, entry: Callable[[Path, str], FileEntry] = _entry
+) -> Manifest:
     """The manifest of an input: a folder's files that stages read (its top level; links are followed), or one file.
 
     Nothing is copied. A folder that holds an exported artifact is checked against its manifest, which then is the
     answer; CorruptError when it does not agree. LlmoptError when there is nothing to describe. `only` names the files
-    of a folder that count, at any depth, whatever else is there.
+    of a folder that count, at any depth, whatever else is there. `entry` reads a file, for who copies it meanwhile.
     """
     try:
         if only is not None:
-            return Manifest(kind=kind, files=tuple(_entry(path / name, name) for name in only))
+            return Manifest(kind=kind, files=tuple(entry(path / name, name) for name in only))
         if path.is_dir():
-            return _describe_folder(path, kind)
+            return _describe_folder(path, kind, entry)
         if path.is_file():
-            return Manifest(kind=kind, files=(_entry(path, _TEXT_NAME),))
+            return Manifest(kind=kind, files=(entry(path, _TEXT_NAME),))
     except OSError as error:
+        if disk.is_full(error):  # that of the copy
+            raise
         raise LlmoptError(f"`{error.filename or path}` cannot be read: {error.strerror}") from error
     raise LlmoptError(f"no file or folder at `{path}`", hint="check the path")
 
@@ -137,11 +145,16 @@ def faults(
     return odd, [entry for path, entry in wanted.items() if path not in good]
 
 
+def at_once() -> int:
+    """Files that are read or hashed at the same time: two saturate two cores, and four most disks."""
+    return max(2, min(4, os.cpu_count() or 2))
+
+
 def in_parallel(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-    """As `map`, two at a time: one waits for the disk while another computes."""
+    """As `map`, several at a time: one waits for the disk while another computes."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(at_once()) as threads:
         return list(threads.map(work, *arguments))
 
 
@@ -170,10 +183,10 @@ def _walk(folder: Path, inside: set[str], under: str = "") -> Iterable[tuple[str
             yield from _walk(folder, inside, f"{path}/")
 
 
-def _describe_folder(folder: Path, kind: str) -> Manifest:
+def _describe_folder(folder: Path, kind: str, entry: Callable[[Path, str], FileEntry]) -> Manifest:
     names = sorted(file.name for file in folder.iterdir() if is_read(file.name, kind))
     if (folder / MANIFEST_NAME).exists():
-        return _check_export(folder, names)
+        return _check_export(folder, names, entry)
     paths = [path for name in names if not (path := folder / name).is_dir()]
     for path in paths:
         if not path.exists():
@@ -186,7 +199,7 @@ def _describe_folder(folder: Path, kind: str) -> Manifest:
         raise LlmoptError(
             f"nothing that llmopt reads is in `{folder}`", hint="give the folder that holds config.json itself"
         )
-    return Manifest(kind=kind, files=tuple(_entry(path, path.name) for path in paths))
+    return Manifest(kind=kind, files=tuple(in_parallel(entry, paths, [path.name for path in paths])))
 
 
 def is_read(name: str, kind: str) -> bool:
@@ -197,20 +210,25 @@ def is_read(name: str, kind: str) -> bool:
     return name.endswith(suffixes) or name.startswith(_LICENCES)
 
 
-def _check_export(folder: Path, names: list[str]) -> Manifest:
+def _check_export(folder: Path, names: list[str], read: Callable[[Path, str], FileEntry]) -> Manifest:
     """The manifest in a folder that `Store.export` or `Store.path` made, once its files are known to be as it says."""
     hint = f"export it again; or delete its `{MANIFEST_NAME}` to use the folder as it is, under a new digest"
     manifest = read_manifest(folder / MANIFEST_NAME, hint=hint)
     listed = {entry.path for entry in manifest.files}
     for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
-            raise CorruptError(f"`{path}` is missing, which `{MANIFEST_NAME}` lists", hint=hint)
-        if not same_bytes(path, entry):
-            raise CorruptError(f"`{path}` is not the file that `{MANIFEST_NAME}` lists", hint=hint)
+        if not (folder / entry.path).is_file():
+            raise CorruptError(f"`{folder / entry.path}` is missing, which `{MANIFEST_NAME}` lists", hint=hint)
     for name in names:
         if name not in listed:
             raise CorruptError(f"`{folder / name}` is not in `{MANIFEST_NAME}`", hint=hint)
+
+    def is_right(entry: FileEntry) -> bool:
+        path = folder / entry.path
+        return path.stat().st_size == entry.size and read(path, entry.path) == entry
+
+    for entry, right in zip(manifest.files, in_parallel(is_right, manifest.files), strict=True):
+        if not right:
+            raise CorruptError(f"`{folder / entry.path}` is not the file that `{MANIFEST_NAME}` lists", hint=hint)
     return manifest
 
 
@@ -221,7 +239,3 @@ def read_manifest(path: Path, *, hint: str) -> Manifest:
             return Manifest.from_bytes(file.read(MAX_MANIFEST_BYTES + 1))
     except CorruptError as error:
         raise CorruptError(f"`{path}`: {error.message}", hint=hint) from error
-
-
-def _entry(path: Path, name: str) -> FileEntry:
-    return FileEntry(name, path.stat().st_size, sha256_file(path))

@@ -14,7 +14,7 @@ from pathlib import Path
 from llmopt.errors import LlmoptError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LOCK = ".lock"
+LOCK = ".lock"
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
@@ -89,14 +89,14 @@ def _lock_new(parent: Path, prefix: str) -> tuple[Path, int]:
 
 
 def _remove_dead(parent: Path, prefix: str) -> None:
-    ours = re.compile(rf"{re.escape(prefix)}\d+-[0-9a-f]{{12}}{re.escape(_LOCK)}")
+    ours = re.compile(rf"{re.escape(prefix)}\d+-[0-9a-f]{{12}}{re.escape(LOCK)}")
     for path in [file for file in parent.iterdir() if ours.fullmatch(file.name)]:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             continue
         if _lock(lock, unsupported=False) and is_open_as(lock, path):
-            _discard(path.with_name(path.name.removesuffix(_LOCK)), lock)
+            _discard(path.with_name(path.name.removesuffix(LOCK)), lock)
         else:
             os.close(lock)
 
@@ -128,7 +128,7 @@ def _discard(folder: Path, lock: int) -> None:
 
 
 def _lock_path(folder: Path) -> Path:
-    return folder.with_name(folder.name + _LOCK)
+    return folder.with_name(folder.name + LOCK)
 
 
 def remove(path: Path) -> None:
@@ -205,8 +205,8 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """A new, synced file; without moving any bytes where the file system can share them."""
+def copy_file(source: Path, target: Path, *, sync: bool = True) -> None:
+    """A new file, synced; without moving any bytes where the file system can share them."""
     with source.open("rb", buffering=0) as reader, target.open("xb") as writer:
         with suppress(OSError):
             while os.copy_file_range(reader.fileno(), writer.fileno(), 1 << 30):
@@ -214,16 +214,18 @@ def copy_file(source: Path, target: Path) -> None:
         while chunk := reader.read(1 << 20):  # what the kernel did not or could not copy
             writer.write(chunk)
         writer.flush()
-        os.fsync(writer.fileno())
+        if sync:
+            os.fsync(writer.fileno())
 
 
 def link_or_copy(source: Path, target: Path) -> None:
+    """A copy is not synced."""
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINK:
             raise
-        copy_file(source, target)
+        copy_file(source, target, sync=False)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts import disk, oci_layers
-from llmopt.artifacts.digest import describe, is_read, read_manifest, same_bytes
-from llmopt.artifacts.manifest import MANIFEST_NAME, Manifest, canonical_json
+from llmopt.artifacts.digest import describe, is_read, read_manifest, seal
+from llmopt.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.objects import is_s3
 from llmopt.artifacts.oci_layers import Part
 from llmopt.artifacts.oci_layout import AGAIN, Image, Layout
@@ -111,21 +111,29 @@ def _described(parts: list[Part]) -> tuple[Manifest, list[Part]]:
 
 
 def _take_folder(store: Store, source: Path) -> Taken:
-    manifest = describe(source, "model")  # what was exported is read through and compared with its manifest
-    names = [file.name for file in source.iterdir() if not file.name.startswith(".")]
-    listed = {entry.path for entry in manifest.files}
-    if manifest.action is None and manifest.kind == "model":
-        _check_weights(listed, names)
+    files: dict[str, Path] = {}
+    parts: dict[str, tuple[str, ...]] = {}
     with store.stage() as folder:
-        for entry in manifest.files:
-            target = folder / entry.path
+
+        def copied(path: Path, name: str) -> FileEntry:
+            """Of the copy, so that what is stored is what was read, whatever becomes of the source meanwhile."""
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            disk.copy_file(source / entry.path, target)
-            if not same_bytes(target, entry):
-                raise CorruptError(f"`{source / entry.path}` changed while it was read", hint="import it again")
-        stored = _put(store, folder, manifest)
+            disk.copy_file(path, target, sync=False)
+            entry, chunks = seal(target, name)
+            files[entry.sha256] = target
+            if chunks:
+                parts[entry.sha256] = chunks
+            return entry
+
+        manifest = describe(source, "model", entry=copied)  # one that was exported is compared with its manifest
+        names = [file.name for file in source.iterdir() if not file.name.startswith(".")]
+        listed = {entry.path for entry in manifest.files}
+        if manifest.action is None and manifest.kind == "model":
+            _check_weights(listed, names)
+        store.adopt(manifest, files, parts)
     tops = {path.partition("/")[0] for path in listed} | {MANIFEST_NAME}
-    return Taken(stored, tuple(sorted(set(names) - tops)))
+    return Taken(manifest, tuple(sorted(set(names) - tops)))
 
 
 def _take_prefix(store: Store, url: str, digest: str | None, progress: Progress) -> Taken:

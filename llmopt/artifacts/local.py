@@ -15,6 +15,7 @@ from llmopt.artifacts.manifest import Manifest
 from llmopt.artifacts.objects.disk import DiskObjects
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.artifacts.remote import Remote
+from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
@@ -35,7 +36,7 @@ def collect_local(
         return Collected()
     here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
     with disk.writing("the store", store.root, option="--store"), store.leases.removing():
-        found = collect(here, older_than_s=older_than_s, dry_run=dry_run, progress=progress, users=users)
+        found = collect(here, older_than_s=older_than_s, dry_run=dry_run, progress=progress, users=users, alone=True)
         if not dry_run:
             users.tidy()
             _forget_begun(store, time.time() - older_than_s)
@@ -55,28 +56,36 @@ def evict(
     is `elsewhere`.
 
     Artifacts with the digests `keep` stay. To be called whenever they have come: they are taken to have been added.
+    What stands in the way is told, and no error: nobody asked for this.
     """
-    added = sum(_bytes_of(store, digest) for digest in keep)
-    with disk.writing("the store", store.root, option="--store"):
-        known = _at_most(store, added)
-        if known is not None and known <= limit_bytes:
-            return Collected()
-        size = _count(store)
-        if size <= limit_bytes:
-            return Collected()
-        store.leases.release_published(but=keep)
-        here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
-        gone = set(_to_evict(store, here, size - limit_bytes, remote, keep, elsewhere()))
-        if not gone:
-            return Collected()
-        with store.leases.removing(), here.removing() as removal:
-            listed = here.listed()
-            manifests = manifests_of(here, listed)
-            gone = {id_ for id_ in gone & set(manifests) if not users.in_use(layout.digest(id_))} - removal.artifacts
-            found = sweep(here, removal, listed, manifests, sorted(gone), users=users)
-            users.tidy()
-        _count(store)
-    progress(f"the cache was full: {len(found.artifacts)} artifacts left it, {disk.byte_size(found.bytes)}")
+    found = Collected()
+    try:
+        with disk.writing("the cache", store.root, option="--store"):
+            known = _at_most(store, sum(_bytes_of(store, digest) for digest in keep))
+            if (known is None or known > limit_bytes) and (size := _count(store)) > limit_bytes:
+                found = _evict(store, size - limit_bytes, remote, keep, elsewhere())
+                _count(store)
+    except LlmoptError as error:
+        progress(f"the cache is larger than it should be: {error.message}")
+    if found.artifacts:
+        progress(f"the cache was full: {len(found.artifacts)} artifacts left it, {disk.byte_size(found.bytes)}")
+    return found
+
+
+def _evict(
+    store: Store, bytes_over: int, remote: Remote, keep: Collection[str], elsewhere: Collection[str]
+) -> Collected:
+    store.leases.release_published(but=keep)
+    here, users = Remote(DiskObjects(store.root), known=True), _Users(store)
+    gone = set(_to_evict(store, here, bytes_over, remote, keep, elsewhere))
+    if not gone:
+        return Collected()
+    with store.leases.removing(), here.removing(alone=True) as removal:
+        listed = here.listed()
+        manifests = manifests_of(here, listed)
+        gone = {id_ for id_ in gone & set(manifests) if not users.in_use(layout.digest(id_))} - removal.artifacts
+        found = sweep(here, removal, listed, manifests, sorted(gone), users=users)
+        users.tidy()
     return found
 
 
@@ -193,6 +202,9 @@ def _forget_begun(store: Store, before_s: float) -> None:
     """What actions that ended early have left, unless a process is at work on it."""
     folder = store.root / "begun"
     with suppress(FileNotFoundError):
-        for begun in [path for path in folder.iterdir() if layout.HEX.fullmatch(path.name)]:
-            if os.lstat(begun).st_mtime < before_s:
-                store.forget(begun.name)
+        for begun in list(folder.iterdir()):
+            key = begun.name.removesuffix(disk.LOCK)
+            if layout.HEX.fullmatch(key):
+                with suppress(FileNotFoundError):
+                    if os.lstat(begun).st_mtime < before_s:
+                        store.forget(key)

@@ -201,13 +201,17 @@ class Remote:
         lease.end()
 
     @contextmanager
-    def removing(self) -> Iterator[Removal]:
-        """While this lasts, no writer begins that does not wait for it."""
+    def removing(self, *, alone: bool = False) -> Iterator[Removal]:
+        """While this lasts, no writer begins that does not wait for it. `alone`: a lock keeps all others out, so that
+        those who left a lease that says otherwise are dead."""
         self._check(mark=True)
         lease = Lease(self.objects, _REMOVE, {})
         try:
             found = self._leases(lease)
-            if rivals := sorted(found.of(_REMOVE)):
+            rivals = sorted(found.of(_REMOVE))
+            if alone:
+                self.objects.delete(rivals)
+            elif rivals:
                 raise LlmoptError(
                     f"another process is removing things from `{self.url}`",
                     hint=f"wait for it; if it was killed, its `{rivals[0]}` counts for {LEASE_S[_REMOVE] / 60:.0f} min",

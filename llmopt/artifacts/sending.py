@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts import chunks
@@ -21,6 +22,8 @@ from llmopt.errors import CorruptError, LlmoptError
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
 
+#: From so many files on a listing is tried first, as long as it has no more than so many objects for each of them.
+_MANY, _LISTED_FOR_ONE = 32, 50
 _SMALL_BYTES = 1 << 20
 _TURNS = 3
 
@@ -41,8 +44,8 @@ class Outgoing:
     def send(self, entries: Sequence[FileEntry]) -> None:
         """All of them that are not there."""
         there: dict[FileEntry, bool] = {}
-        do_all(SMALL_AT_ONCE, [partial(self._look, entry, there) for entry in entries])
-        missing = [entry for entry in entries if not there[entry]]
+        do_all(SMALL_AT_ONCE, [partial(self._look, entry, there) for entry in self._perhaps_there(entries)])
+        missing = [entry for entry in entries if not there.get(entry, False)]
         self.meter.expect(len(missing), sum(entry.size for entry in missing))
         small = [entry for entry in missing if entry.size <= _SMALL_BYTES]
         do_all(SMALL_AT_ONCE, [partial(self._send_whole, entry) for entry in small])
@@ -64,6 +67,17 @@ class Outgoing:
                 with suppress(LlmoptError, OSError):
                     sender.give_up()
             raise
+
+    def _perhaps_there(self, entries: Sequence[FileEntry]) -> Sequence[FileEntry]:
+        """Those worth asking for one by one: of many, those that are listed, where that takes fewer requests."""
+        if len(entries) < _MANY:
+            return entries
+        keys = {self.key(entry): entry for entry in entries}
+        listed = self.objects.list(_folder(keys))
+        found = [each.key for each in islice(listed, _LISTED_FOR_ONE * len(entries))]
+        if next(listed, None) is not None:
+            return entries
+        return [keys[key] for key in found if key in keys]
 
     def _look(self, entry: FileEntry, there: dict[FileEntry, bool]) -> None:
         there[entry] = entry.sha256 not in self.replace and self._is_there(entry)
@@ -141,3 +155,11 @@ class Outgoing:
             f"`{self.store.blob(entry.sha256)}` is not what was stored, and is not sent",
             hint="`llmopt store verify` tells what else is damaged; the command that made it makes it again",
         )
+
+
+def _folder(keys: Collection[str]) -> str:
+    """The one that all of these keys lie in, as a prefix."""
+    first = min(keys, key=len).rpartition("/")[0]
+    while first and not all(key.startswith(f"{first}/") for key in keys):
+        first = first.rpartition("/")[0]
+    return f"{first}/" if first else ""

@@ -96,10 +96,12 @@ class SharedStore(Store):
 
     def put(self, folder: Path, **about: Any) -> Manifest:
         manifest = super().put(folder, **about)
-        self._unsigned(manifest.id).unlink(missing_ok=True)
-        self._send(manifest.id)
-        self.make_room(manifest.id)
+        self._published(manifest)
         return manifest
+
+    def adopt(self, manifest: Manifest, files: Mapping[str, Path], parts: Mapping[str, tuple[str, ...]]) -> None:
+        super().adopt(manifest, files, parts)
+        self._published(manifest)
 
     def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
         if not self.has(artifact):
@@ -286,6 +288,11 @@ class SharedStore(Store):
             self._progress(f"the cache may be larger than it should be: {error.message}")
 
     # -- within
+
+    def _published(self, manifest: Manifest) -> None:
+        self._unsigned(manifest.id).unlink(missing_ok=True)
+        self._send(manifest.id)
+        self.make_room(manifest.id)
 
     def _send(self, artifact: str) -> None:
         """All that is known about it here, and its files as far as they are not there, or damaged there."""

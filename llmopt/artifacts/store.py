@@ -99,7 +99,8 @@ class Store:
 
     def forget(self, key: str) -> None:
         """Remove what an action that ended early has left, unless a process is at work on it."""
-        if not self._begun(key).exists():
+        begun = self._begun(key)
+        if not begun.exists() and not begun.with_name(f"{key}{disk.LOCK}").exists():
             return
         with self._writing(), disk.lasting(self._begun(key)):
             pass
@@ -149,6 +150,8 @@ class Store:
             here = {entry.path: left.pop(entry.sha256) for entry in manifest.files if entry.sha256 in left}
             self._publish(manifest, here, parts, aside, None)
             self._record(manifest.files)
+        if os.path.lexists(self._tree(manifest)):  # with links to what was replaced
+            self._put_right(manifest)
 
     def _publish(
         self,
@@ -162,10 +165,11 @@ class Store:
         data = Manifest.from_bytes(manifest.to_bytes()).to_bytes()  # what cannot be read back is not written
         with self.leases.publishing():
             self.leases.take(manifest.hex, published=True)
+            added = {entry.sha256 for entry in manifest.files if entry.path in files}
             for entry in manifest.files:
                 if entry.path in files:
                     self._add_blob(files[entry.path], entry)
-                elif (problem := self._blob_problem(entry)) is not None:
+                elif entry.sha256 not in added and (problem := self._blob_problem(entry)) is not None:
                     raise CorruptError(f"`{entry.path}` of `{manifest.id}` {problem}", hint="run the command again")
             disk.sync_folders([self.blob(entry.sha256) for entry in manifest.files], self.root)
             self._put_chunks(manifest.hex, parts, aside)
@@ -321,6 +325,10 @@ class Store:
         self.leases.take(layout.digest(artifact))
         manifest = self.get(artifact)
         self._verify_blobs(manifest)
+        return self._put_right(manifest)
+
+    def _put_right(self, manifest: Manifest) -> Path:
+        """The folder of links to blobs that are right."""
         tree = self._tree(manifest)
         if self._tree_faults(manifest) != trees.NO_FAULTS:
             with (
@@ -608,7 +616,7 @@ def _take(folder: Path, aside: Path) -> dict[str, Path]:
             raise LlmoptError(f"`{path}` cannot be stored: it is not a regular file", hint="store plain files only")
         files[path] = aside / f"{len(files)}.taken"
         if found.st_nlink > 1:
-            disk.copy_file(file, files[path])
+            disk.copy_file(file, files[path], sync=False)
         else:
             disk.link_or_copy(file, files[path])
     if not files:

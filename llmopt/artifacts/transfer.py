@@ -90,7 +90,7 @@ def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> Non
         for entry in entries.values():
             if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts:
                 parts[entry.sha256] = chunks.of_file(store.blob(entry.sha256))
-        store.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
+        store.here.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 
 def pull_part(artifact: str, remote: Remote, dest: Path, include: Sequence[str], progress: Progress = silent) -> Moved:

@@ -104,9 +104,11 @@ class Ceph:
         self._run("radosgw-admin", "-n", "client.rgw", "user", "create", *user, *keys)
         self.start_gateway()
 
-    def start_gateway(self) -> None:
-        """Returns when radosgw answers; also after `kill_gateway`, on the same port."""
+    def start_gateway(self, *, nodelay: bool = True) -> None:
+        """Returns when radosgw answers; also after `kill_gateway`, on the same port. Its own default is no nodelay."""
         assert self.gateway is None
+        text = self.config.read_text().replace("tcp_nodelay=0", "tcp_nodelay=1")
+        self.config.write_text(text if nodelay else text.replace("tcp_nodelay=1", "tcp_nodelay=0"))
         self.gateway = self._start("radosgw", "-n", "client.rgw")
         wait_until(lambda: answers(self.server.port), self.gateway, self.log)
 
@@ -115,6 +117,13 @@ class Ceph:
         assert self.gateway is not None
         stop(self.gateway, how=signal.SIGKILL)
         self.gateway = None
+
+    def remove_bucket(self, bucket: str) -> None:
+        """With all that is in it, whose space is free at once; what is deleted through S3 keeps it for two hours."""
+        self._run(
+            *("radosgw-admin", "-n", "client.rgw", "bucket", "rm"),
+            *(f"--bucket={bucket}", "--purge-objects", "--bypass-gc", "--yes-i-really-mean-it"),
+        )
 
     def stop(self) -> None:
         """The cluster is thrown away after this, so nothing is given time to end well (radosgw takes seconds)."""

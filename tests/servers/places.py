@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,11 +33,17 @@ class Place:
         return sorted(self._listed(self.server, prefix))
 
     def read(self, key: str) -> bytes:
+        found = self.find(key)
+        assert found is not None, f"no {key}"
+        return found
+
+    def find(self, key: str) -> bytes | None:
         if self.server is None:
-            return (Path(self.url) / key).read_bytes()
+            file = Path(self.url) / key
+            return file.read_bytes() if file.exists() else None
         reply = self.server.request("GET", self._path(key))
-        assert reply.status == 200, (key, reply.status)
-        return reply.body
+        assert reply.status in (200, 404), (key, reply.status)
+        return reply.body if reply.status == 200 else None
 
     def write(self, key: str, data: bytes) -> None:
         """In a folder, in place: the same file, with the same time of the last change."""
@@ -75,3 +83,29 @@ class Place:
             if not token:
                 return
             query["continuation-token"] = token
+
+
+def faults(place: Place) -> list[str]:
+    """What can be found in a store and is not whole, by nothing but its bytes and the layout in docs."""
+    data = None
+    while data is None:  # a request of a client that was killed may only be done now
+        read = {key: place.find(key) for key in place.all() if key.partition("/")[0] in _FINDABLE}
+        data = {key: content for key, content in read.items() if content is not None}
+        data = data if len(data) == len(read) else None
+    found = []
+    for key, content in data.items():
+        kind, _, rest = key.partition("/")
+        stem = rest.rpartition("/")[2].removesuffix(".json")
+        if kind in ("blobs", "manifests", "attestations") and hashlib.sha256(content).hexdigest() != stem:
+            found.append(f"{key} is not what its name says")
+        elif kind == "manifests":
+            for file in json.loads(content)["files"]:
+                blob = f"blobs/sha256/{file['sha256'][:2]}/{file['sha256']}"
+                found += [] if blob in data else [f"{key} lists {file['path']}, which is missing"]
+        elif kind in ("actions", "names"):
+            digest = stem if kind == "actions" else content.decode().strip().removeprefix("sha256:")
+            found += [] if f"manifests/sha256/{digest}.json" in data else [f"{key} leads to nothing"]
+    return found
+
+
+_FINDABLE = ("blobs", "manifests", "actions", "names", "attestations")

@@ -21,8 +21,9 @@ Put = Callable[..., Manifest]
 CRASH = Path(__file__).with_name("crash.py")
 
 
-def crash(root: Path, kind: str, count: int) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, CRASH, root, kind, str(count)], capture_output=True, text=True)
+def crash(root: Path, kind: str, count: int, job: str = "put", every: int = 1) -> dict[str, Any]:
+    command = [sys.executable, CRASH, root, kind, str(count), job, str(every)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -34,6 +35,28 @@ def test_ended_before_any_change_of_the_disk_nothing_partial_is_found(tmp_path: 
     assert report["last"] == 0, "every point up to the end of the job was tried"
     assert report["early"] >= 30
     assert report["left"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "every"), [("pull", 2), ("push", 3), ("gc", 4), ("evict", 4)])
+def test_killed_before_a_change_of_the_disk_what_can_be_found_is_whole_and_nothing_is_left(
+    tmp_path: Path, job: str, every: int
+) -> None:
+    report = crash(tmp_path / "store", "kill", 400, job, every)
+    assert report["last"] == 0, "points up to the end of the job were tried"
+    assert report["early"] >= 20
+    assert report["left"] == []
+
+
+@pytest.mark.bench
+def test_killed_before_every_change_of_the_disk_what_can_be_found_is_whole_and_nothing_is_left(tmp_path: Path) -> None:
+    points = {}
+    for job in ("put", "pull", "push", "gc", "evict"):
+        (tmp_path / job).mkdir()
+        report = crash(tmp_path / job / "store", "kill", 400, job)
+        assert (report["last"], report["left"]) == (0, [])
+        points[job] = report["early"]
+    print(f"\nkill -9 before each change of the disk, {sum(points.values())} in all, nothing partial: {points}")
 
 
 def test_killed_at_random_times_nothing_partial_is_found(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ import pyarrow
 import pytest
 
 from llmopt.artifacts import Action, Manifest, Store, describe, exchange, oci, oci_layers
+from llmopt.artifacts.digest import seal
+from llmopt.artifacts.manifest import FileEntry
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 Put = Callable[..., Manifest]
@@ -181,18 +183,21 @@ def test_an_exported_folder_that_was_changed_is_refused(
     refused(str(folder))
 
 
-def test_a_file_that_changes_while_it_is_copied_is_found(
-    tmp_path: Path, write_files: WriteFiles, refused: Callable[..., LlmoptError], monkeypatch: pytest.MonkeyPatch
+def test_a_source_that_changes_while_it_is_imported_is_stored_as_it_was_copied(
+    tmp_path: Path, write_files: WriteFiles, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The digest is that of the copy, so what is in the store is whole whatever the source has become."""
     folder = folder_of(tmp_path, CHECKPOINT, write_files)
+    before = describe(folder, "model")
 
-    def late(path: Path, kind: str) -> Manifest:
-        found = describe(path, kind)
+    def late(path: Path, name: str) -> tuple[FileEntry, tuple[str, ...]]:
         (folder / "model.safetensors").write_bytes(b"others")
-        return found
+        return seal(path, name)
 
-    monkeypatch.setattr(exchange, "describe", late)
-    assert "changed while it was read" in refused(str(folder)).message
+    monkeypatch.setattr(exchange, "seal", late)
+    taken = exchange.take(store, str(folder)).manifest
+    assert store.verify(taken.id) == []
+    assert {entry.path for entry in taken.files} == {entry.path for entry in before.files}
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere:v1", ":v1", ""])

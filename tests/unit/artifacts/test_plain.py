@@ -289,7 +289,7 @@ def test_a_write_that_was_cut_off_goes_on_and_nobody_reads_half_of_it(
 def test_a_killed_write_goes_on_with_the_files_that_are_not_there(
     watched: Place, proxy: Proxy, store: Store, put: Put
 ) -> None:
-    made = put({"a.safetensors": os.urandom(PART_BYTES), "b.safetensors": os.urandom(2 * PART_BYTES)})
+    made = put({"a.safetensors": os.urandom(100_000), "b.safetensors": os.urandom(2 * PART_BYTES)})
     code = (
         "import os, sys\n"
         "from llmopt.artifacts import Store, plain\n"

@@ -30,13 +30,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tries as always, with less between them."""
     monkeypatch.setattr(retries, "PAUSE_S", 0.01)
-    monkeypatch.setattr(retries, "MOST_PAUSE_S", 0.1)
+    monkeypatch.setattr(retries, "MOST_PAUSE_S", 0.03)
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Silence of a second is taken for a server that has gone."""
-    monkeypatch.setattr(multipart, "SILENCE_S", 1.0)
+    """Silence of half a second is taken for a server that has gone."""
+    monkeypatch.setattr(multipart, "SILENCE_S", 0.5)
 
 
 @pytest.fixture

@@ -58,34 +58,6 @@ def test_an_unknown_access_key(s3_server: Server, bucket: str, push: Push, monke
     assert "hint: check `AWS_ACCESS_KEY_ID`" in said
 
 
-@pytest.mark.parametrize(
-    ("answer", "error", "hint"),
-    [
-        (Answer(status=400, code="ExpiredToken"), "the credentials have expired", "get new ones"),
-        (Answer(status=403, code="ExpiredToken"), "the credentials have expired", "get new ones"),
-        (Answer(status=400, code="InvalidToken"), "does not know the session token", "check `AWS_ACCESS_KEY_ID`"),
-        (Answer(status=403, code="RequestTimeTooSkewed"), "differ too much", "set this machine's clock"),
-        (Answer(status=403, code="AccessDenied"), "does not allow reading in the bucket", "ask for s3:ListBucket"),
-        (Answer(status=403, code="Odd"), "does not allow reading in the bucket", "ask for s3:ListBucket"),
-        (Answer(status=301, code="PermanentRedirect"), "is in another region", "set `AWS_REGION`"),
-        (Answer(status=400, code="AuthorizationHeaderMalformed"), "is in another region", "set `AWS_REGION`"),
-        (Answer(status=418, code="Tea", message="I am one."), "answered 418 Tea I am one", "run the command again"),
-    ],
-    ids=lambda value: value.code if isinstance(value, Answer) else "",
-)  # fmt: skip
-def test_what_the_server_refuses(
-    answer: Answer, error: str, hint: str, proxy: Proxy, bucket: str, push: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxy.server.set_in(monkeypatch)
-    proxy.fail(with_=answer, times=None)
-    code, said = push(f"s3://{bucket}/store")
-    assert code == 1
-    assert said.startswith("error: ")
-    assert error in said
-    assert f"hint: {hint}" in said
-    assert proxy.count() == 1  # another try would be refused too
-
-
 def test_a_clock_that_is_off(s3_server: Server, bucket: str, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
     if s3_server.name == "rclone":
         pytest.skip("it does not look")
@@ -105,22 +77,6 @@ def test_no_such_bucket(s3_server: Server, push: Push, monkeypatch: pytest.Monke
         f"error: there is no bucket `no-such-bucket-here` at `{s3_server.endpoint}`\n\n"
         "hint: create it, or check the name and the endpoint\n",
     )
-
-
-def test_a_bucket_that_may_not_be_listed(
-    proxy: Proxy, s3_server: Server, bucket: str, push: Push, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    proxy.server.set_in(monkeypatch)
-
-    def is_listing(request: Exchange) -> bool:
-        return "list-type" in request.query
-
-    proxy.fail(match=is_listing, with_=Answer(status=403, code="AccessDenied"), times=None)
-    code, said = push(f"s3://{bucket}/store")
-    assert code == 1
-    assert f"error: `{proxy.server.endpoint}` does not allow listing in the bucket `{bucket}`" in said
-    assert "hint: ask for s3:ListBucket on the bucket" in said
-    assert b"<Key>" not in objects_in(s3_server, bucket)
 
 
 def test_another_who_may_not_write(
@@ -228,7 +184,68 @@ def test_a_prefix_beside_other_things(
     assert push(f"s3://{bucket}/store")[0] == 0
 
 
+class TestAnswers:
+    """Of any server, as it is the proxy that gives them."""
+
+    @pytest.fixture
+    def s3_server(self, rclone: Server) -> Server:
+        return rclone
+
+    @pytest.mark.parametrize(
+        ("answer", "error", "hint"),
+        [
+            (Answer(status=400, code="ExpiredToken"), "the credentials have expired", "get new ones"),
+            (Answer(status=403, code="ExpiredToken"), "the credentials have expired", "get new ones"),
+            (Answer(status=400, code="InvalidToken"), "does not know the session token", "check `AWS_ACCESS_KEY_ID`"),
+            (Answer(status=403, code="RequestTimeTooSkewed"), "differ too much", "set this machine's clock"),
+            (Answer(status=403, code="AccessDenied"), "does not allow reading in the bucket", "ask for s3:ListBucket"),
+            (Answer(status=403, code="Odd"), "does not allow reading in the bucket", "ask for s3:ListBucket"),
+            (Answer(status=301, code="PermanentRedirect"), "is in another region", "set `AWS_REGION`"),
+            (Answer(status=400, code="AuthorizationHeaderMalformed"), "is in another region", "set `AWS_REGION`"),
+            (Answer(status=418, code="Tea", message="I am one."), "answered 418 Tea I am one", "run the command again"),
+        ],
+        ids=lambda value: value.code if isinstance(value, Answer) else "",
+    )  # fmt: skip
+    def test_what_the_server_refuses(
+        self,
+        answer: Answer,
+        error: str,
+        hint: str,
+        proxy: Proxy,
+        bucket: str,
+        push: Push,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        proxy.server.set_in(monkeypatch)
+        proxy.fail(with_=answer, times=None)
+        code, said = push(f"s3://{bucket}/store")
+        assert code == 1
+        assert said.startswith("error: ")
+        assert error in said
+        assert f"hint: {hint}" in said
+        assert proxy.count() == 1  # another try would be refused too
+
+    def test_a_bucket_that_may_not_be_listed(
+        self, proxy: Proxy, s3_server: Server, bucket: str, push: Push, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        proxy.server.set_in(monkeypatch)
+
+        def is_listing(request: Exchange) -> bool:
+            return "list-type" in request.query
+
+        proxy.fail(match=is_listing, with_=Answer(status=403, code="AccessDenied"), times=None)
+        code, said = push(f"s3://{bucket}/store")
+        assert code == 1
+        assert f"error: `{proxy.server.endpoint}` does not allow listing in the bucket `{bucket}`" in said
+        assert "hint: ask for s3:ListBucket on the bucket" in said
+        assert b"<Key>" not in objects_in(s3_server, bucket)
+
+
 class TestCredentials:
+    @pytest.fixture
+    def s3_server(self, rclone: Server) -> Server:
+        return rclone
+
     @pytest.fixture
     def home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Nothing of AWS's in the environment, and a home folder with nothing in it."""
