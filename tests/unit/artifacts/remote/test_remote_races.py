@@ -14,10 +14,10 @@ from servers import Server
 from servers.places import Place, faults
 
 from llmopt.artifacts import FileEntry, Manifest, Store, layout
-from llmopt.artifacts.collect import collect
 from llmopt.artifacts.local import collect_local
 from llmopt.artifacts.remote import Remote
-from llmopt.artifacts.shared import told_of_name
+from llmopt.artifacts.remote.collect import collect
+from llmopt.artifacts.remote.shared import told_of_name
 
 RACES = Path(__file__).with_name("races.py")
 
