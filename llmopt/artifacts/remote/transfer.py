@@ -89,7 +89,8 @@ def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> Non
         parts |= receive(remote.objects, wanted, meter)
         for entry in entries.values():
             if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts:
-                parts[entry.sha256] = chunks.of_file(store.blob(entry.sha256))
+                here = folder / entry.sha256
+                parts[entry.sha256] = chunks.of_file(here if here.exists() else store.blob(entry.sha256))
         store.here.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 
