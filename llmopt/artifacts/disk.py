@@ -9,12 +9,15 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from llmopt.artifacts.threads import SMALL_AT_ONCE, do_all
 from llmopt.errors import LlmoptError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
+_MANY = 16  # folders to sync
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
@@ -160,15 +163,24 @@ def _home(variable: str, default: str) -> Path:
 
 def sync_folders(paths: Iterable[Path], root: Path) -> None:
     """Make the names in the folders of `paths`, up to `root`, outlive a loss of power."""
-    for folder in sorted({p for path in paths for p in path.parents if p.is_relative_to(root)}, reverse=True):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # some network file systems do not sync folders
-                raise
-        finally:
-            os.close(descriptor)
+    within = {path.parent for path in paths if path.parent.is_relative_to(root)}
+    folders = within | {parent for path in within for parent in path.parents if parent.is_relative_to(root)}
+    if len(folders) < _MANY:
+        for folder in sorted(folders, reverse=True):
+            _sync_folder(folder)
+    else:  # the disk makes one wait of several
+        do_all(SMALL_AT_ONCE, [partial(_sync_folder, folder) for folder in folders])
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not sync folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def publish(data: bytes, target: Path, *, aside: Path, root: Path) -> None:

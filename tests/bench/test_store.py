@@ -85,10 +85,21 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return seconds, sum(after[:4]) - sum(before[:4])
 
 
-def require(ratio: float, least: float, what: str) -> str:
-    """The line of a ratio; of a full run it has to be so much."""
-    assert not FULL or ratio >= least, f"{what}: {ratio:.2f}, not {least}"
-    return f"  {what:64} {ratio:6.2f}   (>= {least})"
+class Verdict:
+    """Prints what was measured; of a full run, what was to be is asserted at the end."""
+
+    def __init__(self) -> None:
+        self.missed: list[str] = []
+
+    def __call__(self, what: str, figure: float, *, least: float | None = None, most: float | None = None) -> None:
+        wanted = "" if least is None and most is None else f"(>= {least})" if most is None else f"(<= {most})"
+        if (least is not None and figure < least) or (most is not None and figure > most):
+            wanted += " missed"
+            self.missed.append(f"{what}: {figure:.2f}")
+        print(f"  {what:64} {figure:6.2f}   {wanted}".rstrip())
+
+    def end(self) -> None:
+        assert not FULL or not self.missed, self.missed
 
 
 def llmopt(*arguments: str | Path, before: Sequence[str | Path] = (), **environ: str) -> str:
@@ -155,11 +166,13 @@ def test_local_put(large: Path, tmp_path: Path) -> None:
     copy, take, command, hashing, program, adopted, fresh = ways
     print(f"\n{SIZE_BYTES / 1e6:.0f} MB as {LARGE} files, on this disk")
     print("\n".join(rounds.line(way, SIZE_BYTES / 1e6, "MB/s") for way in ways))
-    print(require(rounds.speed(take, copy), 0.85, "import beside cp and fdatasync"))
-    print(require(rounds.speed(command, copy), 0.85, "import beside cp and fdatasync, whole processes"))
-    print(require(rounds.speed(adopted, hashing), 0.90, f"adopting by link beside sha256, {at_once()} threads each"))
-    print(require(rounds.speed(adopted, program), 0.90, "adopting by link beside sha256sum"))
-    print(f"  {'adopting what is not on the disk yet beside cp and fdatasync':64} {rounds.speed(fresh, copy):6.2f}")
+    verdict = Verdict()
+    verdict("import beside cp and fdatasync", rounds.speed(take, copy), least=0.85)
+    verdict("import beside cp and fdatasync, whole processes", rounds.speed(command, copy), least=0.85)
+    verdict(f"adopting by link beside sha256, {at_once()} threads each", rounds.speed(adopted, hashing), least=0.9)
+    verdict("adopting by link beside sha256sum", rounds.speed(adopted, program), least=0.9)
+    verdict("adopting what is not on the disk yet beside cp and fdatasync", rounds.speed(fresh, copy))
+    verdict.end()
 
 
 def _sha256(file: Path) -> str:
@@ -181,6 +194,7 @@ def test_s3(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As nobody has configured it, Ceph waits 40 ms for an acknowledgement within its answers, as a network does."""
     if not BOTO3.exists():
         pytest.skip("`make bench-store` makes the venv with boto3")
     if kind == "large" and not nodelay:
@@ -225,16 +239,17 @@ def test_s3(
         return figures
 
     unit, amount = ("MB/s", size / 1e6) if kind == "large" else ("files/s", count)
+    verdict = Verdict()
+    bare, peer = (0.9, 1.0) if kind == "large" else (None, 3.0)
     for way, go in (("up", up), ("down", down)):
         rounds = Rounds.of({client: partial(go, client) for client in clients}, ROUNDS)
         server = "Ceph" if nodelay else "Ceph without tcp_nodelay, its default"
         print(f"\n{count} files of {size // count / 1e6:.1f} MB on {server}, {way}")
         print("\n".join(rounds.line(client, amount, unit) for client in clients))
-        least = 3.0 if not nodelay else 1.0  # with it the server is what takes the time
-        print(require(rounds.speed("llmopt", "obstore"), 0.9 if kind == "large" else 0.0, "llmopt beside bare obstore"))
-        print(require(rounds.speed("llmopt", "boto3"), least, "llmopt beside boto3"))
+        verdict(f"{way}: llmopt beside bare obstore", rounds.speed("llmopt", "obstore"), least=bare)
+        verdict(f"{way}: llmopt beside boto3", rounds.speed("llmopt", "boto3"), least=peer)
         cpu = statistics.median(a / b for a, b in zip(rounds.cpu_s["boto3"], rounds.cpu_s["llmopt"], strict=True))
-        print(f"  {'CPU of boto3 beside that of llmopt':64} {cpu:6.2f}")
+        verdict(f"{way}: CPU of boto3 beside that of llmopt", cpu)
     with Proxy(ceph) as proxy:
         proxy.server.set_in(monkeypatch)
         llmopt("store", "push", artifact, f"s3://{buckets['llmopt']}/store", "--store", store.root)
@@ -243,6 +258,7 @@ def test_s3(
         assert sent == 0
     for bucket in buckets.values():
         ceph_cluster.remove_bucket(bucket)
+    verdict.end()
 
 
 def _stored(store: Store, folder: Path) -> str:
@@ -306,18 +322,16 @@ def test_a_hit(tmp_path: Path) -> None:
     rounds = Rounds.of(ways, ROUNDS + 2)
     print(f"\nllmopt run, 3 stages and their checkpoint in the store, {size / 1e6:.0f} MB as {len(stored)} blobs")
     print("\n".join(rounds.line(way, size / 1e6, "MB/s") for way in ways))
-    cpu_s = min(rounds.cpu_s["a hit"])
-    print(f"  {'CPU of a hit':64} {cpu_s:6.2f} s (<= 0.4)")
+    verdict = Verdict()
+    verdict("CPU s of a hit", min(rounds.cpu_s["a hit"]), most=0.4)
     for other in ("sha256sum", "hashlib's sha256, 1 thread"):
-        slower = 1 / rounds.speed("a hit, --verify full", other)
-        print(f"  {f'time of --verify full beside {other}':64} {slower:6.2f}   (<= 1.2)")
-        assert not FULL or slower <= 1.2
+        verdict(f"time of --verify full beside {other}", 1 / rounds.speed("a hit, --verify full", other), most=1.2)
     if shutil.which("strace"):
         opened = _opened(store, arguments, tmp_path / "strace")
         large = [size for size in opened.values() if size > 1 << 20]
         print(f"  blobs opened by a hit: {len(opened)} of at most {max(opened.values(), default=0)} bytes")
         assert not large
-    assert cpu_s <= 0.4
+    verdict.end()
 
 
 def _opened(store: Path, arguments: Sequence[str | Path], log: Path) -> dict[str, int]:

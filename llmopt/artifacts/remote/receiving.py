@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from llmopt.artifacts import chunks
-from llmopt.artifacts.disk import sync_file, write_at
+from llmopt.artifacts.disk import write_at
 from llmopt.artifacts.objects import GoneError, Objects
 from llmopt.artifacts.remote.meter import Meter
 from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
@@ -49,7 +49,11 @@ def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done
     meter.expect(len(wanted), sum(each.size for each in wanted))
     found: Parts = {}
     small = [each for each in wanted if each.size <= _SMALL_BYTES]
-    do_all(SMALL_AT_ONCE, [partial(_receive_whole, objects, each, meter, done) for each in small])
+    come: dict[Path, str] = {}
+    try:
+        do_all(SMALL_AT_ONCE, [partial(_fetch_whole, objects, each, meter, come) for each in small])
+    finally:  # when all are written, the disk has fewer waits in syncing them
+        do_all(SMALL_AT_ONCE, [partial(_keep, target, digest, done) for target, digest in come.items()])
     begun: set[_Incoming] = set()
     try:
         large = [each for each in wanted if each.size > _SMALL_BYTES]
@@ -73,9 +77,17 @@ def _jobs(
 
 
 def _receive_whole(objects: Objects, wanted: Wanted, meter: Meter, done: Done) -> None:
+    come: dict[Path, str] = {}
+    _fetch_whole(objects, wanted, meter, come)
+    for target, digest in come.items():
+        _keep(target, digest, done)
+
+
+def _fetch_whole(objects: Objects, wanted: Wanted, meter: Meter, come: dict[Path, str]) -> None:
+    """In `come` is then its digest."""
     if _is_here(wanted):
-        done(wanted.target, wanted.sha256 or "")
         meter.skip(wanted.size, files=1)
+        come[wanted.target] = wanted.sha256 or ""
         return
     for turn in range(_READS):
         data = objects.read_range(wanted.key, 0, wanted.size) if wanted.size else memoryview(b"")
@@ -90,21 +102,22 @@ def _receive_whole(objects: Objects, wanted: Wanted, meter: Meter, done: Done) -
     wanted.target.parent.mkdir(parents=True, exist_ok=True)
     wanted.target.unlink(missing_ok=True)
     wanted.target.write_bytes(data)
-    wanted.target.chmod(0o444)
-    sync_file(wanted.target)
-    done(wanted.target, digest)
     meter.add(wanted.size, files=1)
+    come[wanted.target] = digest
+
+
+def _keep(target: Path, digest: str, done: Done) -> None:
+    with target.open("rb", buffering=0) as file:
+        os.fchmod(file.fileno(), 0o444)
+        os.fsync(file.fileno())
+    done(target, digest)
 
 
 def _is_here(wanted: Wanted) -> bool:
     """Whether an earlier try has brought it."""
     with suppress(OSError):
-        if wanted.sha256 is None or wanted.target.stat().st_size != wanted.size:
-            return False
-        if hashlib.sha256(wanted.target.read_bytes()).hexdigest() == wanted.sha256:
-            wanted.target.chmod(0o444)
-            sync_file(wanted.target)
-            return True
+        if wanted.sha256 is not None and wanted.target.stat().st_size == wanted.size:
+            return hashlib.sha256(wanted.target.read_bytes()).hexdigest() == wanted.sha256
     return False
 
 
