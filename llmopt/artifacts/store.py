@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import chunks, disk, layout, signing, trees, verified
+from llmopt.artifacts import chunks, disk, layout, trees, verified
 from llmopt.artifacts.digest import in_parallel, seal, sha256_file
 from llmopt.artifacts.export import copy_out
-from llmopt.artifacts.keys import SigningKey
 from llmopt.artifacts.leases import Leases
 from llmopt.artifacts.manifest import (
     MANIFEST_NAME,
@@ -41,6 +40,8 @@ from llmopt.artifacts.manifest import (
 )
 from llmopt.artifacts.objects import folder_of
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.trust import signing
+from llmopt.artifacts.trust.keys import SigningKey
 from llmopt.artifacts.verified import Verified
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 

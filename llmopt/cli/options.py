@@ -18,8 +18,8 @@ from llmopt.cli.console import Console, start
 from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
-    from llmopt.artifacts.keys import SigningKey
     from llmopt.artifacts.store import Store
+    from llmopt.artifacts.trust.keys import SigningKey
     from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
 #: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
@@ -111,7 +111,7 @@ class Session:
 
             store = Store(Store.open(location).root, verify_full=self.verify == "full")
         else:
-            from llmopt.artifacts.shared import open_store, trusted_keys
+            from llmopt.artifacts.remote.shared import open_store, trusted_keys
 
             store = open_store(
                 location,
@@ -148,7 +148,7 @@ def session(
         raise SettingsError("`--push` needs to know where to", hint="`--remote s3://BUCKET/PREFIX`")
     signer = None
     if sign_key is not None:
-        from llmopt.artifacts.keys import read_private
+        from llmopt.artifacts.trust.keys import read_private
 
         signer = read_private(sign_key)
     return Session(console, store, signer, remote, push, verify)

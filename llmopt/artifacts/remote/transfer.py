@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts import chunks, layout
 from llmopt.artifacts.export import new_folder
 from llmopt.artifacts.manifest import Manifest, canonical_json
-from llmopt.artifacts.meter import Meter, Moved
 from llmopt.artifacts.outcome import Progress, silent
-from llmopt.artifacts.receiving import Wanted, receive
-from llmopt.artifacts.sending import Outgoing
+from llmopt.artifacts.remote.meter import Meter, Moved
+from llmopt.artifacts.remote.receiving import Wanted, receive
+from llmopt.artifacts.remote.sending import Outgoing
 from llmopt.artifacts.store import action_result
 from llmopt.errors import CorruptError, LlmoptError
 
