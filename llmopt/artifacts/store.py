@@ -515,12 +515,12 @@ class Store:
     def _blob_problems(self, entries: Sequence[FileEntry], *, here: bool = False) -> list[tuple[FileEntry, str]]:
         """What is wrong with stored files, and that the others are right is known from now on."""
         unread = [entry for entry in entries if not self._is_known(entry, here=here)]
-        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread) if unread else []
+        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread)
         self._record(entries)
         return [(entry, problem) for entry, problem in zip(unread, problems, strict=True) if problem is not None]
 
     def _is_known(self, entry: FileEntry, *, here: bool) -> bool:
-        """Whether the file has been read through and looks the same, which asks for no threads."""
+        """Whether the file has been read through and looks the same, which needs no threads."""
         try:
             found = self.blob(entry.sha256).lstat()
         except OSError:

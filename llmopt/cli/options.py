@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmopt.artifacts.objects import is_s3
 from llmopt.cli.console import Console, start
 from llmopt.errors import SettingsError
 
@@ -104,6 +103,8 @@ class Session:
     @cached_property
     def store(self) -> Store:
         """Opened when first asked for, with what the environment says of trust and of the cache on this disk."""
+        from llmopt.artifacts.objects import is_s3
+
         location = self.store_location or os.environ.get("LLMOPT_STORE") or None
         if self.remote is None and not is_s3(location or ""):
             from llmopt.artifacts.store import Store
@@ -143,7 +144,7 @@ def session(
         raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
     if verify not in (None, "stat", "full"):
         raise SettingsError(f"`--verify` cannot be `{verify}`", hint="`stat` or `full`")
-    if push and remote is None and not is_s3(store or os.environ.get("LLMOPT_STORE") or ""):
+    if push and remote is None and not (store or os.environ.get("LLMOPT_STORE") or "").startswith("s3://"):
         raise SettingsError("`--push` needs to know where to", hint="`--remote s3://BUCKET/PREFIX`")
     signer = None
     if sign_key is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import options as opt
-from llmopt.cli.deliver import check_destination, copy_to
 from llmopt.cli.references import resolve
 from llmopt.errors import LlmoptError, SettingsError
 
@@ -78,6 +77,7 @@ def pull(
     from llmopt.artifacts.layout import check_name
     from llmopt.artifacts.objects import is_s3
     from llmopt.artifacts.remote import Remote, transfer
+    from llmopt.cli.deliver import check_destination, copy_to
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     if name is not None:
