@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 from llmopt.artifacts import disk, licenses
 from llmopt.artifacts.chunks import CHUNK_BYTES, chunk_digest
 from llmopt.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, parents
+from llmopt.artifacts.threads import do_all
 from llmopt.errors import CorruptError, LlmoptError
 
 #: What stages read of a folder: weights, configuration, tokenizer and templates; licences go with every derivative.
@@ -153,10 +155,14 @@ def at_once() -> int:
 
 def in_parallel(work: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
     """As `map`, several at a time: one waits for the disk while another computes."""
-    from concurrent.futures import ThreadPoolExecutor
+    calls = list(zip(*arguments, strict=True))
+    results: dict[int, T] = {}
 
-    with ThreadPoolExecutor(at_once()) as threads:
-        return list(threads.map(work, *arguments))
+    def call(number: int) -> None:
+        results[number] = work(*calls[number])
+
+    do_all(at_once(), [partial(call, number) for number in range(len(calls))])
+    return [results[number] for number in range(len(calls))]
 
 
 def same_bytes(path: Path, entry: FileEntry) -> bool:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.artifacts import disk, oci_layers
+from llmopt.artifacts import disk
 from llmopt.artifacts.digest import describe, is_read, read_manifest, seal
 from llmopt.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, canonical_json
 from llmopt.artifacts.objects import is_s3
-from llmopt.artifacts.oci_layers import Part
-from llmopt.artifacts.oci_layout import AGAIN, Image, Layout
+from llmopt.artifacts.oci import layers as oci_layers
+from llmopt.artifacts.oci.layers import Part
+from llmopt.artifacts.oci.layout import AGAIN, Image, Layout
 from llmopt.artifacts.outcome import Json, Progress, silent
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
@@ -137,7 +138,7 @@ def _take_folder(store: Store, source: Path) -> Taken:
 
 
 def _take_prefix(store: Store, url: str, digest: str | None, progress: Progress) -> Taken:
-    from llmopt.artifacts import plain
+    from llmopt.artifacts.remote import plain
 
     if digest is not None:
         raise SettingsError(f"`{url}` is no OCI layout", hint="a digest chooses among the manifests of one")

@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from llmopt.artifacts import disk, layout
-from llmopt.artifacts.collect import Collected, collect, manifests_of, sweep
 from llmopt.artifacts.manifest import Manifest
 from llmopt.artifacts.objects.disk import DiskObjects
 from llmopt.artifacts.outcome import Progress, silent
 from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote.collect import Collected, collect, manifests_of, sweep
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:

@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import chunks, disk, layout, signing, trees, verified
+from llmopt.artifacts import chunks, disk, layout, trees, verified
 from llmopt.artifacts.digest import in_parallel, seal, sha256_file
 from llmopt.artifacts.export import copy_out
-from llmopt.artifacts.keys import SigningKey
 from llmopt.artifacts.leases import Leases
 from llmopt.artifacts.manifest import (
     MANIFEST_NAME,
@@ -41,6 +40,8 @@ from llmopt.artifacts.manifest import (
 )
 from llmopt.artifacts.objects import folder_of
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.trust import signing
+from llmopt.artifacts.trust.keys import SigningKey
 from llmopt.artifacts.verified import Verified
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
@@ -514,12 +515,12 @@ class Store:
     def _blob_problems(self, entries: Sequence[FileEntry], *, here: bool = False) -> list[tuple[FileEntry, str]]:
         """What is wrong with stored files, and that the others are right is known from now on."""
         unread = [entry for entry in entries if not self._is_known(entry, here=here)]
-        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread) if unread else []
+        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread)
         self._record(entries)
         return [(entry, problem) for entry, problem in zip(unread, problems, strict=True) if problem is not None]
 
     def _is_known(self, entry: FileEntry, *, here: bool) -> bool:
-        """Whether the file has been read through and looks the same, which asks for no threads."""
+        """Whether the file has been read through and looks the same, which needs no threads."""
         try:
             found = self.blob(entry.sha256).lstat()
         except OSError:

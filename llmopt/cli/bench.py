@@ -140,7 +140,7 @@ def bench(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Load-test SUBJECT: an engine (folder, id or name), or the URL of a server (several with commas between).
+    """Load-test SUBJECT: an engine (folder, s3://..., id or name), or the URL of a server (several: commas between).
 
     Always measures anew, and stores the report. An engine is served here for as long as that takes. Exits with 5 where
     a threshold or the gate fails, 6 where the measurement means nothing, 7 where the gate cannot tell.

@@ -101,7 +101,8 @@ def compile_(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Compile SOURCE: a model, plain or quantized, as a folder, ORG/NAME[@REVISION], an artifact id or a name.
+    """Compile SOURCE: a model, plain or quantized, as a folder, s3://BUCKET/PREFIX, ORG/NAME[@REVISION], an artifact id
+    or a name.
 
     The engine is an artifact that `llmopt serve` and `llmopt bench` load. Exits with 3 where this machine can only
     prepare it: `--resume` builds what was prepared where its GPU is.

@@ -57,7 +57,7 @@ class Delivery:
 def check_destination(out: str, *, anew: bool = False) -> None:
     """Refuse, before any work, a folder or a prefix of a bucket that an artifact could not be copied to."""
     if is_s3(out):
-        from llmopt.artifacts import plain
+        from llmopt.artifacts.remote import plain
 
         plain.check_out(out, anew=anew)
     else:
@@ -67,7 +67,7 @@ def check_destination(out: str, *, anew: bool = False) -> None:
 def copy_to(store: Store, artifact: str, out: str, progress: Progress) -> None:
     """To a folder, or file by file to a prefix of a bucket, without a copy on this disk."""
     if is_s3(out):
-        from llmopt.artifacts import plain
+        from llmopt.artifacts.remote import plain
 
         plain.write(store, artifact, out, progress)
     else:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmopt.artifacts.objects import is_s3
 from llmopt.cli.console import Console, start
 from llmopt.errors import SettingsError
 
 if TYPE_CHECKING:
-    from llmopt.artifacts.keys import SigningKey
     from llmopt.artifacts.store import Store
+    from llmopt.artifacts.trust.keys import SigningKey
     from llmopt.compilers.trt_llm.builder import Builder as GpuBuilder
 
 #: Every option can be set in the environment: `llmopt --help` says so once, and no option says it again.
@@ -104,13 +103,15 @@ class Session:
     @cached_property
     def store(self) -> Store:
         """Opened when first asked for, with what the environment says of trust and of the cache on this disk."""
+        from llmopt.artifacts.objects import is_s3
+
         location = self.store_location or os.environ.get("LLMOPT_STORE") or None
         if self.remote is None and not is_s3(location or ""):
             from llmopt.artifacts.store import Store
 
             store = Store(Store.open(location).root, verify_full=self.verify == "full")
         else:
-            from llmopt.artifacts.shared import open_store, trusted_keys
+            from llmopt.artifacts.remote.shared import open_store, trusted_keys
 
             store = open_store(
                 location,
@@ -143,11 +144,11 @@ def session(
         raise SettingsError("`--json` and `--json-lines` cannot both be given", hint="give one of them")
     if verify not in (None, "stat", "full"):
         raise SettingsError(f"`--verify` cannot be `{verify}`", hint="`stat` or `full`")
-    if push and remote is None and not is_s3(store or os.environ.get("LLMOPT_STORE") or ""):
+    if push and remote is None and not (store or os.environ.get("LLMOPT_STORE") or "").startswith("s3://"):
         raise SettingsError("`--push` needs to know where to", hint="`--remote s3://BUCKET/PREFIX`")
     signer = None
     if sign_key is not None:
-        from llmopt.artifacts.keys import read_private
+        from llmopt.artifacts.trust.keys import read_private
 
         signer = read_private(sign_key)
     return Session(console, store, signer, remote, push, verify)

@@ -99,7 +99,7 @@ def plan(
 
 def _of_prefix(url: str) -> ModelShape:
     """By the configuration alone of what lies below a prefix of a bucket."""
-    from llmopt.artifacts.plain import Prefix
+    from llmopt.artifacts.remote.plain import Prefix
     from llmopt.planner import shape
 
     with Prefix.open(url).small(("config.json", "hf_quant_config.json")) as folder:

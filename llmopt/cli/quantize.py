@@ -130,7 +130,8 @@ def quantize(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    """Quantize MODEL: a checkpoint folder, ORG/NAME[@REVISION] of the Hugging Face hub, an artifact id or a name.
+    """Quantize MODEL: a checkpoint in a folder or at s3://BUCKET/PREFIX, ORG/NAME[@REVISION] of the Hugging Face hub,
+    an artifact id or a name.
 
     The result is an artifact in the store; the same inputs and settings give it again without any work.
     """

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from llmopt.artifacts.objects import is_s3
 from llmopt.cli import options as opt
-from llmopt.cli.deliver import check_destination, copy_to
 from llmopt.cli.references import resolve
 from llmopt.errors import SettingsError
 
@@ -37,6 +35,9 @@ def export(
 
     With `--oci` FOLDER becomes an OCI layout for registries and their tools: `skopeo copy oci:FOLDER:TAG ...`.
     """
+    from llmopt.artifacts.objects import is_s3
+    from llmopt.cli.deliver import check_destination, copy_to
+
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     for flag, value in (("--name", name), ("--attestations", attestations)):
         if value is not None and not oci:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmopt.cli import options as opt
-from llmopt.cli.deliver import check_destination, copy_to
 from llmopt.cli.references import resolve
 from llmopt.errors import LlmoptError, SettingsError
 
@@ -36,9 +35,8 @@ def push(
 
     Only what is missing there is sent. Cut off or killed, the same command goes on where it stopped.
     """
-    from llmopt.artifacts import transfer
     from llmopt.artifacts.layout import check_name
-    from llmopt.artifacts.remote import Remote
+    from llmopt.artifacts.remote import Remote, transfer
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     if name is not None:
@@ -63,7 +61,7 @@ def pull(
         opt.option("--include", metavar="GLOB", help="Only files like this, as '*.json'; into the folder of --out."),
     ] = None,
     out: Annotated[
-        str | None, opt.option("--out", metavar="DIR", help="Copy the artifact, or what --include names, here.")
+        str | None, opt.option("--out", metavar="DIR", help="Copy it here (or to s3://...), or what --include names.")
     ] = None,
     name: opt.Name = None,
     store: opt.StoreFolder = None,
@@ -76,10 +74,10 @@ def pull(
 
     Every byte is compared with its digest as it comes. Cut off or killed, the same command goes on where it stopped.
     """
-    from llmopt.artifacts import transfer
     from llmopt.artifacts.layout import check_name
     from llmopt.artifacts.objects import is_s3
-    from llmopt.artifacts.remote import Remote
+    from llmopt.artifacts.remote import Remote, transfer
+    from llmopt.cli.deliver import check_destination, copy_to
 
     session = opt.session(store, json=json, json_lines=json_lines, quiet=quiet, verbose=verbose)
     if name is not None:
@@ -120,9 +118,9 @@ def collect(
 
     What an artifact that is kept was made from is kept too. Others may go on writing meanwhile.
     """
-    from llmopt.artifacts.collect import collect as collect_remote
     from llmopt.artifacts.disk import byte_size
     from llmopt.artifacts.local import collect_local
+    from llmopt.artifacts.remote.collect import collect as collect_remote
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose)
     age_s = opt.duration("--older-than", older_than)
@@ -163,7 +161,7 @@ def probe(
 
 def repair(store: Store, artifact: str, problems: Mapping[str, str], source: Remote, session: opt.Session) -> None:
     """Put an artifact right from a store that has it whole. `problems` names what is damaged by its sha256."""
-    from llmopt.artifacts import transfer
+    from llmopt.artifacts.remote import transfer
     from llmopt.artifacts.store import Store
 
     remote = _remote_of(store)
@@ -175,7 +173,7 @@ def repair(store: Store, artifact: str, problems: Mapping[str, str], source: Rem
 
 def repair_names(store: Store, source: Remote, session: opt.Session) -> list[str]:
     """Let names that stand for nothing stand for what they stand for in another store; those that do then."""
-    from llmopt.artifacts import transfer
+    from llmopt.artifacts.remote import transfer
 
     repaired = []
     for name in store.broken_names():
@@ -193,9 +191,9 @@ def repair_names(store: Store, source: Remote, session: opt.Session) -> list[str
 
 def problems(store: Store, artifact: str, share: float, session: opt.Session) -> tuple[list[str], dict[str, str]]:
     """What is wrong with an artifact, in words and by sha256, in the place that the store is."""
-    from llmopt.artifacts import layout, verify
+    from llmopt.artifacts import layout
     from llmopt.artifacts.objects.disk import DiskObjects
-    from llmopt.artifacts.remote import Remote
+    from llmopt.artifacts.remote import Remote, verify
 
     remote = _remote_of(store)
     if remote is None and share >= 1:
@@ -226,7 +224,7 @@ def share_of(text: str | None) -> float:
 
 def _remote_of(store: Store) -> Remote | None:
     """The remote that the store is; None for one on this disk."""
-    from llmopt.artifacts.shared import SharedStore
+    from llmopt.artifacts.remote.shared import SharedStore
 
     return store.remote if isinstance(store, SharedStore) and store.own else None
 
@@ -255,8 +253,8 @@ def _resolve_there(remote: Remote, reference: str) -> str:
 
 def _require_signed(remote: Remote, artifact: str) -> None:
     """By one of the keys in $LLMOPT_TRUST, if there are any."""
-    from llmopt.artifacts import signing
-    from llmopt.artifacts.shared import trusted_keys
+    from llmopt.artifacts.remote.shared import trusted_keys
+    from llmopt.artifacts.trust import signing
 
     keys = trusted_keys(os.environ.get("LLMOPT_TRUST"))
     manifest = remote.get(artifact) if keys else None
@@ -266,7 +264,7 @@ def _require_signed(remote: Remote, artifact: str) -> None:
 
 
 def _move_name(remote: Remote, name: str, artifact: str, session: opt.Session) -> None:
-    from llmopt.artifacts.shared import told_of_name
+    from llmopt.artifacts.remote.shared import told_of_name
 
     for line in told_of_name(remote, name, remote.set_name(name, artifact)):
         session.console.progress(line)

@@ -12,9 +12,9 @@ from llmopt.cli import options as opt
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 if TYPE_CHECKING:
-    from llmopt.artifacts.keys import PublicKey
     from llmopt.artifacts.outcome import Json
     from llmopt.artifacts.store import Store
+    from llmopt.artifacts.trust.keys import PublicKey
 
 RequireSignedBy = Annotated[
     list[str] | None,
@@ -32,7 +32,7 @@ class Trust:
     def read(cls, files: Sequence[str] | None) -> Trust:
         if not files:
             return cls()
-        from llmopt.artifacts.keys import read_public
+        from llmopt.artifacts.trust.keys import read_public
 
         return cls([read_public(file) for file in files])
 
@@ -44,7 +44,7 @@ class Trust:
         """Why an artifact that is whole is not to be trusted; nothing when it is."""
         if not self.keys:
             return []
-        from llmopt.artifacts import signing
+        from llmopt.artifacts.trust import signing
 
         try:
             signing.require(store.get(artifact), store.envelopes(artifact), self.keys)
@@ -63,7 +63,7 @@ def keygen(
 
     It gets the passphrase in LLMOPT_SIGN_PASSPHRASE, if there is one. Nothing is overwritten.
     """
-    from llmopt.artifacts.keys import generate
+    from llmopt.artifacts.trust.keys import generate
 
     session = opt.session(None, json=json, quiet=quiet, verbose=verbose)
     public = generate(Path(file))
@@ -86,7 +86,7 @@ def sign(
 
     With --json also the signed statement: a DSSE envelope, for other tools.
     """
-    from llmopt.artifacts import signing
+    from llmopt.artifacts.trust import signing
     from llmopt.cli.references import resolve
 
     session = opt.session(store, json=json, quiet=quiet, verbose=verbose, sign_key=key)
@@ -101,7 +101,7 @@ def sign(
 
 def _statement(store: Store, artifact: str) -> dict[str, Json]:
     """The newest about an artifact, of which every byte is as it should be."""
-    from llmopt.artifacts.signing import check_about
+    from llmopt.artifacts.trust.signing import check_about
 
     if problems := store.verify(artifact):
         raise CorruptError(f"`{artifact}` is not signed: {problems[0]}", hint="see `llmopt store verify`")

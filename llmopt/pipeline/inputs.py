@@ -19,7 +19,7 @@ from llmopt.pipeline.runner import StageResult
 
 if TYPE_CHECKING:
     from llmopt.artifacts.manifest import Manifest
-    from llmopt.artifacts.plain import Prefix
+    from llmopt.artifacts.remote.plain import Prefix
     from llmopt.artifacts.store import Store
     from llmopt.pipeline.hub import Reference, Snapshot
 
@@ -132,7 +132,7 @@ def calibration(store: Store, reference: str, progress: Progress = silent) -> In
         return _snapshot(hub.fetch_dataset(wanted, progress), "rows", wanted)
     path = Path(reference)
     if is_s3(reference):
-        from llmopt.artifacts import plain
+        from llmopt.artifacts.remote import plain
 
         path = plain.read_file(store, reference, progress) or path
     if path.is_file():
@@ -274,7 +274,7 @@ def _stated(manifest: Manifest, path: Path) -> tuple[Stated, ...]:
 
 def _from_s3(store: Store, url: str, progress: Progress, deny: Sequence[str]) -> Input:
     """What lies below a prefix, by way of the store, where it stays: the next command fetches nothing."""
-    from llmopt.artifacts import plain
+    from llmopt.artifacts.remote import plain
 
     prefix = plain.Prefix.open(url)
     stated = prefix.licenses()
@@ -345,7 +345,7 @@ def _refuse_s3(reference: str, what: str) -> None:
 
 
 def _no_subject(store: Store, reference: str) -> LlmoptError:
-    hint = "give an engine that `llmopt compile` made (folder, id or name), or a server as `http://127.0.0.1:8000`"
+    hint = "give an engine that `llmopt compile` made (folder, prefix on S3, id or name), or a server as `http://127.0.0.1:8000`"
     if re.fullmatch(r"[\w.-]+:\d+(/.*)?", reference):
         return SettingsError(f"`{reference}` has no scheme", hint=f"write it as `http://{reference}`")
     close = nearest(reference, store.names())

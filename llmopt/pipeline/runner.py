@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmopt.artifacts import licenses, signing
+from llmopt.artifacts import licenses
 from llmopt.artifacts.attestation import attest
 from llmopt.artifacts.manifest import Action, Manifest
 from llmopt.artifacts.outcome import Json, Outcome, Progress
+from llmopt.artifacts.trust import signing
 from llmopt.errors import CorruptError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from llmopt.artifacts import Action, Manifest, Store, attest
-from llmopt.artifacts.keys import generate, read_private
-from llmopt.artifacts.signing import require, sign, trusted
+from llmopt.artifacts.trust.keys import generate, read_private
+from llmopt.artifacts.trust.signing import require, sign, trusted
 
 pytestmark = [pytest.mark.judge, pytest.mark.filterwarnings("default")]
 

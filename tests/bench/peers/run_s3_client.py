@@ -24,8 +24,7 @@ Job = Mapping[str, Any]
 
 
 def llmopt(job: Job) -> Callable[[], object]:
-    from llmopt.artifacts import transfer
-    from llmopt.artifacts.remote import Remote
+    from llmopt.artifacts.remote import Remote, transfer
     from llmopt.artifacts.store import Store
 
     store, remote = Store(Path(job["store"])), Remote.open(f"s3://{job['bucket']}/store")

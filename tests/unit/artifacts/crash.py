@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmopt.artifacts import Action, Manifest, Store, attest, collect, layout, transfer
+from llmopt.artifacts import Action, Manifest, Store, attest, layout
 from llmopt.artifacts.local import collect_local, evict
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote import Remote, collect, transfer
 from llmopt.errors import LlmoptError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -15,9 +15,10 @@ from typing import Any
 import pyarrow
 import pytest
 
-from llmopt.artifacts import Action, Manifest, Store, describe, exchange, oci, oci_layers
+from llmopt.artifacts import Action, Manifest, Store, describe, exchange, oci
 from llmopt.artifacts.digest import seal
 from llmopt.artifacts.manifest import FileEntry
+from llmopt.artifacts.oci import layers as oci_layers
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 Put = Callable[..., Manifest]

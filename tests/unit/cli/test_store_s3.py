@@ -491,7 +491,7 @@ def test_a_transfer_is_a_bar_on_a_terminal(
 def test_without_a_terminal_a_transfer_says_a_line_every_five_seconds(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from llmopt.artifacts import meter
+    from llmopt.artifacts.remote import meter
 
     now = [0.0]
     monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from llmopt.artifacts import disk, signing
-from llmopt.artifacts.keys import SigningKey
+from llmopt.artifacts import disk
 from llmopt.artifacts.outcome import silent
 from llmopt.artifacts.store import Store
+from llmopt.artifacts.trust import signing
+from llmopt.artifacts.trust.keys import SigningKey
 from llmopt.errors import LlmoptError, SettingsError
 from llmopt.pipeline import runner
 from llmopt.pipeline.runner import Stage

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from servers import Answer, Proxy, Server
 
-from llmopt.artifacts import Manifest, Store, transfer
+from llmopt.artifacts import Manifest, Store
 from llmopt.artifacts.objects.abilities import Abilities, Probe, probe
 from llmopt.artifacts.objects.s3 import S3Objects
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote import Remote, transfer
 
 #: As tests/servers says of each.
 KNOWN = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from servers import Server
 
-from llmopt.artifacts import Manifest, Store, transfer
+from llmopt.artifacts import Manifest, Store
 from llmopt.artifacts.objects import PART_BYTES, GoneError, Objects, parts_of
 from llmopt.artifacts.objects.disk import DiskObjects
 from llmopt.artifacts.objects.s3 import S3Objects
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote import Remote, transfer
 
 ODD = [
     "a b",

@@ -24,10 +24,10 @@ from unit.artifacts.objects.matching import (
     anything,
 )
 
-from llmopt.artifacts import Manifest, Store, layout, transfer
+from llmopt.artifacts import Manifest, Store, layout
 from llmopt.artifacts.objects import retries
 from llmopt.artifacts.objects.s3 import S3Objects
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote import Remote, transfer
 from llmopt.errors import CorruptError, Exit, LlmoptError
 
 Contents = Callable[[Store, Manifest], dict[str, bytes]]

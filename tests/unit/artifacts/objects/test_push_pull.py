@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from servers import Exchange, Proxy
 
-from llmopt.artifacts import Manifest, Store, attest, chunks, layout, transfer
-from llmopt.artifacts.keys import generate, read_private
+from llmopt.artifacts import Manifest, Store, attest, chunks, layout
 from llmopt.artifacts.objects.s3 import S3Objects
-from llmopt.artifacts.remote import Remote
-from llmopt.artifacts.signing import sign
+from llmopt.artifacts.remote import Remote, transfer
+from llmopt.artifacts.trust.keys import generate, read_private
+from llmopt.artifacts.trust.signing import sign
 from llmopt.errors import CorruptError
 
 Contents = Callable[[Store, Manifest], dict[str, bytes]]

@@ -16,11 +16,11 @@ from servers import Exchange, Hang, Proxy, Server, Slow
 from unit.artifacts.objects.conftest import make
 
 from llmopt.artifacts import Manifest, Store, layout
-from llmopt.artifacts.collect import collect
 from llmopt.artifacts.objects import parts_of
 from llmopt.artifacts.objects.multipart import Wire, abort_old
 from llmopt.artifacts.objects.s3 import S3Objects
 from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote.collect import collect
 
 PART = 16 << 20
 SIZE = 150_000_000  # nine parts
@@ -82,7 +82,7 @@ def done(proxy: Proxy) -> set[str]:
 
 
 def check_there(store: Store, manifest: Manifest, objects: S3Objects, fresh: Store) -> None:
-    from llmopt.artifacts import transfer
+    from llmopt.artifacts.remote import transfer
 
     transfer.pull(fresh, manifest.id, Remote(objects))
     assert fresh.verify(manifest.id) == []
@@ -118,7 +118,7 @@ def test_a_push_goes_on_where_it_stopped(
 def test_a_pull_goes_on_where_it_stopped(
     how: signal.Signals, huge: tuple[Store, Manifest], begin: Begin, proxy: Proxy, s3: S3Objects, fresh: Store
 ) -> None:
-    from llmopt.artifacts import transfer
+    from llmopt.artifacts.remote import transfer
 
     store, manifest = huge
     transfer.push(store, manifest.id, Remote(s3))
@@ -161,7 +161,7 @@ def test_collecting_removes_them_but_for_those_of_who_is_at_work(
     begun_upload(s3, "ab" * 32)
     begun_upload(s3, "cd" * 32)
     time.sleep(1.1)  # their age is told in whole seconds
-    monkeypatch.setattr("llmopt.artifacts.collect.STRAY_S", 0.0)
+    monkeypatch.setattr("llmopt.artifacts.remote.collect.STRAY_S", 0.0)
     with Remote(s3).writing(["ab" * 32], []):
         assert collect(remote, older_than_s=0).uploads == 1
     [left] = Wire.of(s3).uploads(f"{layout.BLOBS}/")
@@ -171,7 +171,7 @@ def test_collecting_removes_them_but_for_those_of_who_is_at_work(
 def test_an_upload_that_was_removed_meanwhile_is_begun_anew(
     large: tuple[Store, Manifest], proxy: Proxy, s3: S3Objects, fresh: Store
 ) -> None:
-    from llmopt.artifacts import transfer
+    from llmopt.artifacts.remote import transfer
 
     store, manifest = large
     removed: list[int] = []
@@ -239,7 +239,7 @@ class TestCtrlCWhileAServerIsSilent:
     def test_ends_a_pull(
         self, large: tuple[Store, Manifest], begin: Begin, proxy: Proxy, s3: S3Objects, fresh: Store
     ) -> None:
-        from llmopt.artifacts import transfer
+        from llmopt.artifacts.remote import transfer
 
         store, manifest = large
         transfer.push(store, manifest.id, Remote(s3))

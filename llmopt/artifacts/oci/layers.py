@@ -20,7 +20,7 @@ from llmopt.artifacts import disk
 from llmopt.artifacts.digest import same_bytes
 from llmopt.artifacts.manifest import FileEntry, check_paths
 from llmopt.artifacts.oci import FILE_PATH, Descriptor
-from llmopt.artifacts.oci_layout import AGAIN, Blob, Layout
+from llmopt.artifacts.oci.layout import AGAIN, Blob, Layout
 from llmopt.errors import CorruptError, LlmoptError
 
 _MODEL_LAYER = "application/vnd.cncf.model."

@@ -18,13 +18,13 @@ import pytest
 from servers import Server
 from servers.places import Place
 
-from llmopt.artifacts import Action, FileEntry, Manifest, Store, layout, transfer
-from llmopt.artifacts import collect as collecting
+from llmopt.artifacts import Action, FileEntry, Manifest, Store, layout
 from llmopt.artifacts import remote as remote_module
-from llmopt.artifacts.collect import Collected, collect
 from llmopt.artifacts.local import collect_local, evict
 from llmopt.artifacts.objects.disk import DiskObjects
-from llmopt.artifacts.remote import Lease, Remote
+from llmopt.artifacts.remote import Lease, Remote, transfer
+from llmopt.artifacts.remote import collect as collecting
+from llmopt.artifacts.remote.collect import Collected, collect
 from llmopt.errors import LlmoptError
 
 Put = Callable[..., Manifest]

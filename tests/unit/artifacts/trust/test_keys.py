@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from llmopt.artifacts.keys import PASSPHRASE, generate, read_private, read_public
+from llmopt.artifacts.trust.keys import PASSPHRASE, generate, read_private, read_public
 from llmopt.errors import BackendMissingError, LlmoptError, SettingsError
 
 PKCS8, SSH = forms.PrivateFormat.PKCS8, forms.PrivateFormat.OpenSSH

@@ -22,10 +22,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from llmopt.artifacts import Action, Manifest, Store, attest, chunks, collect, digest, objects, sending, transfer
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts import Action, Manifest, Store, attest, chunks, digest, objects
+from llmopt.artifacts.remote import Remote, collect, sending, transfer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from servers import Hang, Proxy, Server
 from servers.places import Place, faults
 from servers.proxy import Exchange

@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from servers import Answer, Hang, Proxy, Server
 from servers.places import Place
 
-from llmopt.artifacts import Action, Manifest, Store, attest, layout, transfer
-from llmopt.artifacts.keys import SigningKey
+from llmopt.artifacts import Action, Manifest, Store, attest, layout
 from llmopt.artifacts.outcome import Json
-from llmopt.artifacts.remote import Remote
-from llmopt.artifacts.shared import SharedStore, open_store
-from llmopt.artifacts.signing import sign
+from llmopt.artifacts.remote import Remote, transfer
+from llmopt.artifacts.remote.shared import SharedStore, open_store
+from llmopt.artifacts.trust.keys import SigningKey
+from llmopt.artifacts.trust.signing import sign
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 Put = Callable[..., Manifest]
@@ -61,7 +61,7 @@ def owned(s3_place: Place, tmp_path: Path, told: Told, monkeypatch: pytest.Monke
 
     def make(machine: str, **how: Any) -> SharedStore:
         with monkeypatch.context() as patch:
-            patch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / machine)
+            patch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / machine)
             store = open_store(s3_place.url, progress=told, **how)
         assert isinstance(store, SharedStore)
         return store
@@ -200,7 +200,7 @@ def test_a_cache_that_hangs_is_not_waited_for(
     told: Told,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llmopt.artifacts.shared._PATIENCE_S", 0.2)
+    monkeypatch.setattr("llmopt.artifacts.remote.shared._PATIENCE_S", 0.2)
     proxy.fail(with_=Hang(), times=None)
     assert shared("mine", watched).find(make_action().key) is None
     assert told == [f"going on without the shared cache `{watched.url}`: it has not answered for 0 s"]
@@ -439,7 +439,7 @@ def test_different_results_of_machines_are_both_told(
 def test_a_store_on_s3_that_is_down_is_an_error(
     watched: Place, proxy: Proxy, put: Put, make_action: MakeAction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "machine")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "machine")
     store = open_store(watched.url)
     proxy.fail(with_=Answer(status=403, code="AccessDenied"), times=None)
     for ask in (lambda: store.find(make_action().key), store.ls, store.names, lambda: put(into=store)):
@@ -450,7 +450,7 @@ def test_a_store_on_s3_that_is_down_is_an_error(
 def test_what_could_not_be_sent_is_sent_by_the_next_try(
     watched: Place, proxy: Proxy, put: Put, make_action: MakeAction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "machine")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "machine")
     proxy.fail(with_=Answer(status=403, code="AccessDenied"), times=None)
     with pytest.raises(LlmoptError):
         put(into=open_store(watched.url), action=make_action())
@@ -464,7 +464,7 @@ def test_what_could_not_be_sent_is_sent_by_the_next_try(
 def test_a_hit_on_this_disk_fetches_no_file(
     watched: Place, proxy: Proxy, put: Put, make_action: MakeAction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "machine")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "machine")
     made = put(into=open_store(watched.url), action=make_action())
     proxy.forget()
     store = open_store(watched.url)
@@ -517,7 +517,7 @@ def test_a_killed_machine_leaves_nothing_half_made_and_its_work_is_sent_by_the_n
         "import sys, os\n"
         "from pathlib import Path\n"
         "from llmopt.artifacts import Action\n"
-        "from llmopt.artifacts.shared import open_store\n"
+        "from llmopt.artifacts.remote.shared import open_store\n"
         "from llmopt.errors import LlmoptError\n"
         "store = open_store(sys.argv[1])\n"
         "with store.stage() as folder:\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from servers.places import Place, faults
 
-from llmopt.artifacts import Action, Manifest, Store, attest, chunks, layout, transfer, verify
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts import Action, Manifest, Store, attest, chunks, layout
+from llmopt.artifacts.remote import Remote, transfer, verify
 from llmopt.cli.app import main
 from llmopt.errors import CorruptError, LlmoptError
 

@@ -16,12 +16,13 @@ import pytest
 from servers import Answer, Proxy, Server
 from servers.places import Place
 
-from llmopt.artifacts import Action, Manifest, Store, canonical_json, plain
+from llmopt.artifacts import Action, Manifest, Store, canonical_json
 from llmopt.artifacts.digest import describe
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES
 from llmopt.artifacts.objects import PART_BYTES
-from llmopt.artifacts.plain import Prefix
-from llmopt.artifacts.shared import open_store
+from llmopt.artifacts.remote import plain
+from llmopt.artifacts.remote.plain import Prefix
+from llmopt.artifacts.remote.shared import open_store
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 Put = Callable[..., Manifest]
@@ -136,8 +137,8 @@ def test_a_killed_read_is_gone_on_with(watched: Place, proxy: Proxy, store: Stor
     upload(watched, big)
     code = (
         "import os, sys\n"
-        "from llmopt.artifacts import Store, plain\n"
-        "from llmopt.artifacts.receiving import _Incoming\n"
+        "from llmopt.artifacts import Store; from llmopt.artifacts.remote import plain\n"
+        "from llmopt.artifacts.remote.receiving import _Incoming\n"
         "_Incoming.chunk = lambda *a: os._exit(9)\n"
         "plain.read(Store.open(sys.argv[1]), plain.Prefix.open(sys.argv[2]))\n"
     )
@@ -187,7 +188,7 @@ def test_a_checkpoint_is_no_part_of_a_store_on_s3(
     """It lies on S3 already, and stays in the cache."""
     assert s3_place.server is not None
     own = new_s3_place(s3_place.server)
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "machine")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "machine")
     store = open_store(own.url)
     upload(s3_place)
     found = read(store, s3_place)
@@ -200,7 +201,7 @@ def test_a_cache_that_is_full_lets_go_of_checkpoints_too(
 ) -> None:
     assert s3_place.server is not None
     own, other = new_s3_place(s3_place.server), new_s3_place(s3_place.server)
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "machine")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "machine")
     upload(s3_place)
     upload(other, {**CHECKPOINT, "model.safetensors": b"other" * 4000})
     first = read(open_store(own.url, cache_bytes=25_000), s3_place)
@@ -292,7 +293,7 @@ def test_a_killed_write_goes_on_with_the_files_that_are_not_there(
     made = put({"a.safetensors": os.urandom(100_000), "b.safetensors": os.urandom(2 * PART_BYTES)})
     code = (
         "import os, sys\n"
-        "from llmopt.artifacts import Store, plain\n"
+        "from llmopt.artifacts import Store; from llmopt.artifacts.remote import plain\n"
         "from llmopt.artifacts.objects.multipart import Upload\n"
         "Upload.finish = lambda *a: os._exit(9)\n"
         "plain.write(Store.open(sys.argv[1]), *sys.argv[2:])\n"
@@ -473,9 +474,9 @@ def test_what_is_in_a_store_on_s3_only_can_be_written_elsewhere(
 ) -> None:
     assert s3_place.server is not None
     own = new_s3_place(s3_place.server)
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "1")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "1")
     made = put(into=open_store(own.url))
-    monkeypatch.setattr("llmopt.artifacts.shared.cache_home", lambda: tmp_path / "2")
+    monkeypatch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / "2")
     plain.write(open_store(own.url), made.id, s3_place.url)
     assert s3_place.read("config.json") == b'{"model_type": "llama"}'
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmopt.artifacts import Action, Manifest, Store, attest, transfer
+from llmopt.artifacts import Action, Manifest, Store, attest
 from llmopt.artifacts import remote as remote_module
-from llmopt.artifacts.collect import collect
 from llmopt.artifacts.local import collect_local
-from llmopt.artifacts.remote import Remote
+from llmopt.artifacts.remote import Remote, transfer
+from llmopt.artifacts.remote.collect import collect
 
 remote_module._LOOK_S = 0.02
 

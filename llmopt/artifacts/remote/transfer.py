@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from llmopt.artifacts import chunks, layout
 from llmopt.artifacts.export import new_folder
 from llmopt.artifacts.manifest import Manifest, canonical_json
-from llmopt.artifacts.meter import Meter, Moved
 from llmopt.artifacts.outcome import Progress, silent
-from llmopt.artifacts.receiving import Wanted, receive
-from llmopt.artifacts.sending import Outgoing
+from llmopt.artifacts.remote.meter import Meter, Moved
+from llmopt.artifacts.remote.receiving import Wanted, receive
+from llmopt.artifacts.remote.sending import Outgoing
 from llmopt.artifacts.store import action_result
 from llmopt.errors import CorruptError, LlmoptError
 
@@ -89,7 +89,8 @@ def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> Non
         parts |= receive(remote.objects, wanted, meter)
         for entry in entries.values():
             if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts:
-                parts[entry.sha256] = chunks.of_file(store.blob(entry.sha256))
+                here = folder / entry.sha256
+                parts[entry.sha256] = chunks.of_file(here if here.exists() else store.blob(entry.sha256))
         store.here.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 

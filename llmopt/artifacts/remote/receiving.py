@@ -16,8 +16,8 @@ from pathlib import Path
 
 from llmopt.artifacts import chunks
 from llmopt.artifacts.disk import write_at
-from llmopt.artifacts.meter import Meter
 from llmopt.artifacts.objects import GoneError, Objects
+from llmopt.artifacts.remote.meter import Meter
 from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from llmopt import backends
 from llmopt.artifacts.attestation import PREDICATE_TYPE, STATEMENT_TYPE
-from llmopt.artifacts.keys import PublicKey, SigningKey
 from llmopt.artifacts.manifest import MANIFEST_NAME, Manifest, canonical_json
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.trust.keys import PublicKey, SigningKey
 from llmopt.errors import CorruptError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"

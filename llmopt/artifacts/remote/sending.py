@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmopt.artifacts import chunks
 from llmopt.artifacts.manifest import FileEntry
-from llmopt.artifacts.meter import Meter
 from llmopt.artifacts.objects import PART_BYTES, LostUploadError, Objects, Sender
+from llmopt.artifacts.remote.meter import Meter
 from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError, LlmoptError
 

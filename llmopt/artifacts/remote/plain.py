@@ -25,11 +25,11 @@ from llmopt.artifacts.manifest import (
     canonical_json,
     check_paths,
 )
-from llmopt.artifacts.meter import Meter, Moved
 from llmopt.artifacts.objects import Found, Objects, open_objects
 from llmopt.artifacts.outcome import Json, Progress, silent
-from llmopt.artifacts.receiving import Wanted, receive
-from llmopt.artifacts.sending import Outgoing
+from llmopt.artifacts.remote.meter import Meter, Moved
+from llmopt.artifacts.remote.receiving import Wanted, receive
+from llmopt.artifacts.remote.sending import Outgoing
 from llmopt.artifacts.store import BEGUN
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 

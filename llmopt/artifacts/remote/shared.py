@@ -13,14 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llmopt.artifacts import layout, signing
+from llmopt.artifacts import layout
 from llmopt.artifacts.disk import cache_home
-from llmopt.artifacts.keys import PublicKey
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, Action, Manifest
 from llmopt.artifacts.objects import GoneError, is_s3
 from llmopt.artifacts.outcome import Json, Progress, silent
 from llmopt.artifacts.remote import Remote
 from llmopt.artifacts.store import Store, is_abbreviated, the_one
+from llmopt.artifacts.trust import signing
+from llmopt.artifacts.trust.keys import PublicKey
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
 _AT_ONCE = 16
@@ -273,7 +274,7 @@ class SharedStore(Store):
         if self._cache_bytes is None or not self.own:
             return
         from llmopt.artifacts.local import evict
-        from llmopt.artifacts.plain import sources
+        from llmopt.artifacts.remote.plain import sources
 
         try:
             evict(
@@ -298,7 +299,7 @@ class SharedStore(Store):
         """All that is known about it here, and its files as far as they are not there, or damaged there."""
         if not self._push:
             return
-        from llmopt.artifacts import transfer, verify
+        from llmopt.artifacts.remote import transfer, verify
 
         def send() -> None:
             damaged = verify.problems(self.remote, artifact) if artifact in self._damaged_there else {}
@@ -339,7 +340,7 @@ class SharedStore(Store):
 
     def _pull(self, manifest: Manifest) -> bool:
         """CorruptError for what is there and damaged, or is there in part only."""
-        from llmopt.artifacts import transfer
+        from llmopt.artifacts.remote import transfer
 
         def pull() -> bool:
             if not self._trust:
@@ -425,7 +426,7 @@ def told_of_name(remote: Remote, name: str, before: str | None) -> Iterator[str]
 
 def trusted_keys(text: str | None) -> tuple[PublicKey, ...]:
     """The public keys in files separated by `:`, as `$LLMOPT_TRUST` has them; read at once."""
-    from llmopt.artifacts.keys import read_public
+    from llmopt.artifacts.trust.keys import read_public
 
     return tuple(read_public(file) for file in (text or "").split(":") if file)
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmopt.artifacts import Action, Manifest, Store, attest, canonical_json
-from llmopt.artifacts.keys import PublicKey, SigningKey
 from llmopt.artifacts.manifest import FileEntry
-from llmopt.artifacts.signing import PAYLOAD_TYPE, pae, require, sign, trusted, unwrap, verify
+from llmopt.artifacts.trust.keys import PublicKey, SigningKey
+from llmopt.artifacts.trust.signing import PAYLOAD_TYPE, pae, require, sign, trusted, unwrap, verify
 from llmopt.errors import CorruptError, LlmoptError
 
 Put = Callable[..., Manifest]

@@ -1,0 +1,1 @@
+"""Who vouches for an artifact: keys in files, and statements signed with them."""
