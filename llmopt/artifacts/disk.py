@@ -18,6 +18,7 @@ from llmopt.errors import LlmoptError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
 _MANY = 16  # folders to sync
+_PIECE_BYTES = 256 << 10
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
@@ -210,10 +211,13 @@ def sync_file(path: Path) -> None:
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """All of it: on a disk that is nearly full, the system may write a part and say no word."""
+    """All of it: on a disk that is nearly full, the system may write a part and say no word.
+
+    In pieces: for large ones Linux looks for large pages, which may cost it more than all the rest.
+    """
     left = memoryview(data)
     while left:
-        written = os.pwrite(descriptor, left, offset)
+        written = os.pwrite(descriptor, left[:_PIECE_BYTES], offset)
         left, offset = left[written:], offset + written
 
 
