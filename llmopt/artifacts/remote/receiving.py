@@ -147,13 +147,11 @@ class _Incoming:
         """Have it, keep it, and wait for one's turn to add it to the digest."""
         try:
             begin, end = chunks.span(self._wanted.size, number)
-            data = self._here(number, begin, end)
+            data, digest = self._here(number, begin, end)
             if data is None:
-                data = self._fetched(number, begin, end)
-                with self._turn:  # while this is held, nobody closes the file
-                    if self not in self._begun:
-                        return
-                    write_at(self._file, data, begin)
+                data, digest = self._fetched(number, begin, end)
+                if not self._write(data, begin):
+                    return
                 self._meter.add(end - begin)
             else:
                 self._meter.skip(end - begin)
@@ -162,7 +160,7 @@ class _Incoming:
                 if self._failed:
                     return
             self._digest.update(data)
-            self._parts.append(chunks.of_bytes(data))
+            self._parts.append(digest)
             if number + 1 == self.count:
                 self._finish()
             with self._turn:
@@ -174,25 +172,39 @@ class _Incoming:
                 self._turn.notify_all()
             raise
 
-    def _here(self, number: int, begin: int, end: int) -> memoryview | None:
-        """What an earlier try has brought of it, if it is right."""
-        if not self._resumed:
-            return None
-        data = memoryview(os.pread(self._file, end - begin, begin))
-        return data if chunks.of_bytes(data) == self._known[number] else None
+    def _write(self, data: memoryview, begin: int) -> bool:
+        """False when the file was closed meanwhile; afterwards its number may be another's, which a copy's is not."""
+        with self._turn:
+            if self not in self._begun:
+                return False
+            file = os.dup(self._file)
+        try:
+            write_at(file, data, begin)
+        finally:
+            os.close(file)
+        return True
 
-    def _fetched(self, number: int, begin: int, end: int) -> memoryview:
-        """A chunk that is wrong is fetched again. If it stays so, the digest of the whole has the last word."""
+    def _here(self, number: int, begin: int, end: int) -> tuple[memoryview | None, str]:
+        """What an earlier try has brought of it, if it is right, with its digest."""
+        if not self._resumed:
+            return None, ""
+        data = memoryview(os.pread(self._file, end - begin, begin))
+        digest = chunks.of_bytes(data)
+        return (data, digest) if digest == self._known[number] else (None, "")
+
+    def _fetched(self, number: int, begin: int, end: int) -> tuple[memoryview, str]:
+        """With its digest. A chunk that is wrong is fetched again; if it stays so, the whole has the last word."""
         for turn in range(_READS):
             data = self._objects.read_range(self._wanted.key, begin, end)
+            digest = chunks.of_bytes(data)
             right = len(data) == end - begin
-            if right and (not self._known or chunks.of_bytes(data) == self._known[number]):
-                return data
+            if right and (not self._known or digest == self._known[number]):
+                break
             if turn < _READS - 1:
                 self._meter.again(self._wanted.key)
         if not right:
             raise _spoiled(self._objects, self._wanted)
-        return data
+        return data, digest
 
     def _finish(self) -> None:
         digest = self._digest.hexdigest()
