@@ -133,6 +133,7 @@ class _Incoming:
         self._known = wanted.chunks if len(wanted.chunks) == self.count else ()
         self._digest, self._parts = hashlib.sha256(), list[str]()
         self._turn, self._next, self._failed = threading.Condition(), 0, False
+        self._one = threading.Lock()  # the system lets one at a time write to a file, and the others spin
         wanted.target.parent.mkdir(parents=True, exist_ok=True)
         self._resumed = bool(self._known) and wanted.target.exists()
         if self._resumed:
@@ -179,7 +180,8 @@ class _Incoming:
                 return False
             file = os.dup(self._file)
         try:
-            write_at(file, data, begin)
+            with self._one:
+                write_at(file, data, begin)
         finally:
             os.close(file)
         return True

@@ -1,16 +1,17 @@
 """Files to S3 and back with one client, each in the way that its own documentation shows, in whatever venv has it.
 
 python run_s3_client.py job.json
-{"client": "llmopt" | "obstore" | "boto3", "way": "up" | "down", "bucket": name, "objects": {key: file}, "at_once": n,
- "store": folder and "artifact": id (of llmopt alone)}
+{"client": "llmopt" | "obstore" | "obstore and sha256" | "boto3", "way": "up" | "down", "bucket": name,
+ "objects": {key: file}, "at_once": n, "store": folder and "artifact": id (of llmopt alone)}
 
 Prints seconds of the transfer, without imports and making the client, and CPU seconds of it and of the whole process.
 The server is the one that the AWS environment names. What llmopt fetches is verified and synced, and then in its store;
-the others' files are written and no more.
+the others' files are written and no more, or with sha256 also read through once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -52,6 +53,9 @@ def obstore(job: Job) -> Callable[[], object]:
         with Path(file).open("wb") as opened:
             for chunk in client.get(store, key).stream():
                 opened.write(chunk)
+        if job["client"] != "obstore":
+            with Path(file).open("rb", buffering=0) as written:
+                hashlib.file_digest(written, "sha256")
 
     def all_() -> None:
         with ThreadPoolExecutor(job["at_once"]) as threads:
@@ -80,7 +84,7 @@ def boto3(job: Job) -> Callable[[], object]:
 
 def main() -> int:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    work = {"llmopt": llmopt, "obstore": obstore, "boto3": boto3}[job["client"]](job)
+    work = {"llmopt": llmopt, "obstore": obstore, "boto3": boto3}[job["client"].partition(" ")[0]](job)
     cpu, wall = time.process_time(), time.perf_counter()
     work()
     figures = {"seconds": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
