@@ -110,7 +110,7 @@ def collect(
         roots = set(remote.names().values()) | removal.artifacts
         for artifact, found in listed.items():
             digest = layout.digest(artifact)
-            if max(found.modified_s, users.last_used(digest)) >= cutoff or users.in_use(digest):
+            if max(found.modified_s, users.last_used(digest)) > cutoff or users.in_use(digest):
                 roots.add(artifact)
         gone = sorted(set(manifests) - _with_ancestors(roots, manifests))
         collected = sweep(remote, removal, listed, manifests, gone, users=users, dry_run=dry_run, progress=progress)
@@ -146,7 +146,7 @@ def sweep(
         for sha256, found in _blobs(remote)
         if sha256 not in needed
         and sha256 not in removal.blobs
-        and (sha256 in own or (all_known and found.modified_s < cutoff))
+        and (sha256 in own or (all_known and found.modified_s <= cutoff))
     ]
     collected = Collected(
         artifacts=sorted(removed),
@@ -160,7 +160,7 @@ def sweep(
     beside = [
         found
         for digest, found in _beside(remote)
-        if digest in doomed or (digest not in known and found.modified_s < cutoff)
+        if digest in doomed or (digest not in known and found.modified_s <= cutoff)
     ]
     for batch in _batches([*beside, *blobs], _BATCH):
         removal.check()
