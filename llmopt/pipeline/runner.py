@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from llmopt.artifacts.attestation import attest
 from llmopt.artifacts.manifest import Action, Manifest
 from llmopt.artifacts.outcome import Json, Outcome, Progress
 from llmopt.artifacts.trust import signing
-from llmopt.errors import CorruptError
+from llmopt.errors import CorruptError, LlmoptError
 
 if TYPE_CHECKING:
     from llmopt.artifacts.store import Store
@@ -78,6 +79,9 @@ def find(store: Store, stage: Stage, progress: Progress) -> StageResult | None:
         return None
     if manifest is None:
         return None
+    if stage.resumable:
+        with suppress(LlmoptError):  # what is left of a run that was killed between publishing and this
+            store.forget(stage.action.key)
     if store.signer is not None:  # nobody vouches for what others made without saying so
         envelopes = store.envelopes(manifest.id)
         if signing.trusted(manifest, envelopes, [store.signer.public]) is None:

@@ -49,6 +49,7 @@ def make_stage() -> MakeStage:
         text: str = "weights",
         *,
         repeatable: bool = True,
+        resumable: bool = False,
         fail: BaseException | None = None,
         refuse: BaseException | None = None,
         done: list[str] | None = None,
@@ -67,7 +68,12 @@ def make_stage() -> MakeStage:
             return Outcome(metrics={"figure": 1.5}, events=("rounded to nearest",))
 
         return Stage(
-            kind="quantized-model", action=an_action(**changes), check=check, produce=produce, repeatable=repeatable
+            kind="quantized-model",
+            action=an_action(**changes),
+            check=check,
+            produce=produce,
+            repeatable=repeatable,
+            resumable=resumable,
         )
 
     return make

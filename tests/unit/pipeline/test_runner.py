@@ -69,6 +69,19 @@ def test_a_hit_needs_no_check(store: Store, make_stage: MakeStage) -> None:
     assert runner.run(store, make_stage(refuse=SettingsError("no")), silent).cached
 
 
+def test_a_hit_removes_what_a_run_that_was_killed_after_publishing_has_left(
+    store: Store, make_stage: MakeStage
+) -> None:
+    stage = make_stage(resumable=True)
+    runner.run(store, stage, silent)
+    before = everything(store)
+    with pytest.raises(ZeroDivisionError), store.stage(stage.action.key):
+        raise ZeroDivisionError
+    assert everything(store) != before
+    assert runner.run(store, stage, silent).cached
+    assert everything(store) == before
+
+
 def test_anew_measures_again_and_the_newest_is_found(store: Store, make_stage: MakeStage) -> None:
     runner.run(store, make_stage("first", repeatable=False), silent)
     second = runner.run(store, make_stage("second", repeatable=False), silent, anew=True)

@@ -69,6 +69,8 @@ def main() -> None:
         ids += store.results(work.action.key)
         if killed >= int(kills):
             break
+    with store.stage():  # as any writer does, it removes what the dead have left
+        pass
     left = [str(path) for folder in ("begun", "tmp") for path in (store.root / folder).rglob("*") if path.is_file()]
     report = {"ids": sorted(set(ids)), "killed": killed, "went_on": went_on, "left": left}
     print(json.dumps(report | {"seconds": time.monotonic() - started}))
