@@ -131,6 +131,8 @@ class Stream:
         for i in range(0, tokens, together):
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due += mode.number("gap") / 1e3
+            if self.writer.transport.is_closing():  # the client has gone
+                return False
             if await self.misbehave(i):
                 return False
             text = "".join(WORDS[j % len(WORDS)] for j in range(i, min(tokens, i + together)))
