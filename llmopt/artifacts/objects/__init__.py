@@ -73,9 +73,6 @@ class Objects(Protocol):
     def write(self, key: str, data: bytes | memoryview) -> None:
         """In place of whatever is there."""
 
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        """Unless there is one already; whether it was made. Where the place cannot do both at once, it looks first."""
-
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
         """In place of the version `tag` (None: of nothing), and of no other; whether that was so.
 

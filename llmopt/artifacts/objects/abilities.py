@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,46 +26,25 @@ if TYPE_CHECKING:
 _FOLDER = "leases"  # of the probe's own objects, where nothing lasts
 _AGE_S = 7 * 24 * 3600
 _WRITERS, _ROUNDS = 8, 3
-_NAMES = ("creates", "swaps", "quoted_tags")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Abilities:
-    """What a server was found to do, here in the last week or else now, as far as it is asked for."""
+    """What names can rely on. `swaps`: a PUT with If-None-Match or with If-Match for another version is refused, and of
+    several writers at once exactly one wins. `quoted_tags`: If-Match has the tag as it came, in quotes, which is the
+    rule; Ceph knows it only without."""
 
-    def __init__(self, found: Mapping[str, bool], ask: Callable[[str], Mapping[str, bool]]) -> None:
-        self._found, self._ask = dict(found), ask
-        self._asking = threading.Lock()
+    swaps: bool
+    quoted_tags: bool
 
     @classmethod
     def known(cls, objects: S3Objects) -> Abilities:
-        def ask(name: str) -> Mapping[str, bool]:
-            found = {"creates": _creates(objects, 0, 0)[0]} if name == "creates" else _names(objects)
+        """As found here in the last week, or else now: in some seventy requests where it swaps, three where not."""
+        found = _remembered(objects)
+        if found is None:
+            found = _names(objects)
             remember(objects, found)
-            return found
-
-        return cls(_remembered(objects), ask)
-
-    @property
-    def creates(self) -> bool:
-        """A PUT with If-None-Match is refused where there is an object. Costs three small requests to find out."""
-        return self._answer("creates")
-
-    @property
-    def swaps(self) -> bool:
-        """Also one with If-Match for another version, and of several writers at once exactly one wins. Costs some
-        seventy requests to find out where it is so, three where it is not."""
-        return self._answer("swaps")
-
-    @property
-    def quoted_tags(self) -> bool:
-        """If-Match has the tag as it came, in quotes, which is the rule; Ceph knows it only without."""
-        return self._answer("quoted_tags")
-
-    def _answer(self, name: str) -> bool:
-        with self._asking:
-            if name not in self._found:
-                self._found |= self._ask(name)
-            return self._found[name]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,42 +65,40 @@ class Probe:
     round_trip_ms: float
 
     @property
-    def relied_on(self) -> dict[str, bool]:
-        """As `Abilities` has them."""
+    def relied_on(self) -> Abilities:
         atomic = self.create_one_winner == self.swap_one_winner == self.create_rounds
-        swaps = self.create and self.swap and atomic
-        return {"creates": self.create, "swaps": swaps, "quoted_tags": self.swap_quoted}
+        return Abilities(swaps=self.create and self.swap and atomic, quoted_tags=self.swap_quoted)
 
     def to_json(self) -> dict[str, Json]:
-        return {**asdict(self), "relied_on": dict(self.relied_on)}
+        return {**asdict(self), "relied_on": asdict(self.relied_on)}
 
 
-def remember(objects: S3Objects, found: Mapping[str, bool]) -> None:
+def remember(objects: S3Objects, found: Abilities) -> None:
     file = _file(objects)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_name(f"{file.name}.{os.getpid()}")
-        fresh.write_text(json.dumps({**_remembered(objects), **found}))
+        fresh.write_text(json.dumps(asdict(found)))
         fresh.replace(file)
 
 
-def _remembered(objects: S3Objects) -> dict[str, bool]:
+def _remembered(objects: S3Objects) -> Abilities | None:
     file = _file(objects)
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, TypeError, KeyError):
         if time.time() - file.stat().st_mtime < _AGE_S:
             found = json.loads(file.read_text())
-            return {name: found[name] for name in _NAMES if isinstance(found.get(name), bool)}
-    return {}
+            if isinstance(found["swaps"], bool) and isinstance(found["quoted_tags"], bool):
+                return Abilities(swaps=found["swaps"], quoted_tags=found["quoted_tags"])
+    return None
 
 
-def _names(objects: S3Objects) -> dict[str, bool]:
+def _names(objects: S3Objects) -> Abilities:
     """Whether names can be moved by compare and swap."""
-    creates = _creates(objects, 0, 0)[0]
-    swaps, quoted = False, True
-    if creates:
-        swaps, quoted, won = _swaps(objects, _WRITERS, _ROUNDS)
-        swaps = swaps and won == _ROUNDS and _creates(objects, _WRITERS, _ROUNDS)[1] == _ROUNDS
-    return {"creates": creates, "swaps": swaps, "quoted_tags": quoted}
+    if not _creates(objects, 0, 0)[0]:
+        return Abilities(swaps=False, quoted_tags=True)
+    swaps, quoted, won = _swaps(objects, _WRITERS, _ROUNDS)
+    atomic = swaps and won == _ROUNDS and _creates(objects, _WRITERS, _ROUNDS)[1] == _ROUNDS
+    return Abilities(swaps=atomic, quoted_tags=quoted)
 
 
 def probe(objects: S3Objects, *, writers: int = 16, rounds: int = 20) -> Probe:

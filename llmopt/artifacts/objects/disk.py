@@ -61,16 +61,6 @@ class DiskObjects:
             disk.publish(bytes(data), self.root / key, aside=aside, root=self.root)
             os.utime(self.root / key)  # by the clock of the disk's own machine, where that is another
 
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        target = self.root / key
-        if target.exists():
-            return False
-        with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / _ASIDE / ".swap"):
-            if target.exists():
-                return False
-            disk.publish(bytes(data), target, aside=aside, root=self.root)
-        return True
-
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
         with self._writing(), disk.temporary(self.root / _ASIDE) as aside, disk.locked(self.root / disk.SWAP):
             found = self.read_tagged(key, most=len(data) + (1 << 20))

@@ -111,14 +111,6 @@ class S3Objects:
     def write(self, key: str, data: bytes | memoryview) -> None:
         self._try("writing", lambda: self._obstore.put(self._store, key, data, use_multipart=False))
 
-    def create(self, key: str, data: bytes | memoryview) -> bool:
-        if not self.abilities.creates:
-            if self.find(key) is not None:
-                return False
-            self.write(key, data)
-            return True
-        return self.conditional(key, data, "create")
-
     def swap(self, key: str, data: bytes, tag: str | None) -> bool:
         if not self.swaps:
             self.write(key, data)

@@ -25,9 +25,9 @@ KNOWN = {
     "swift": {"create": True, "swap": False, "complete_create": True, "wrong_sha256_refused": True},
 }
 RELIED_ON = {
-    "rclone": {"creates": False, "swaps": False, "quoted_tags": True},
-    "ceph": {"creates": True, "swaps": True, "quoted_tags": False},
-    "swift": {"creates": True, "swaps": False, "quoted_tags": True},
+    "rclone": Abilities(swaps=False, quoted_tags=True),
+    "ceph": Abilities(swaps=True, quoted_tags=False),
+    "swift": Abilities(swaps=False, quoted_tags=True),
 }
 
 
@@ -51,42 +51,34 @@ def test_leaves_nothing(found: Probe, s3: S3Objects) -> None:
 
 
 def test_what_is_found_out_when_needed_is_the_same(s3: S3Objects, s3_server: Server) -> None:
-    abilities = Abilities.known(s3)
-    answers = {name: getattr(abilities, name) for name in ("creates", "swaps", "quoted_tags")}
-    assert answers == RELIED_ON[s3_server.name]
+    assert Abilities.known(s3) == RELIED_ON[s3_server.name]
     assert list(s3.list()) == []
 
 
 def test_is_asked_once(s3: S3Objects, proxy: Proxy) -> None:
-    creates, swaps = s3.abilities.creates, s3.swaps
+    abilities = s3.abilities
     proxy.forget()
-    other = S3Objects.open(s3.url)
-    assert (other.abilities.creates, other.swaps) == (creates, swaps)
+    assert S3Objects.open(s3.url).abilities == abilities
     assert proxy.count() == 0
 
 
 def test_another_bucket_is_asked_anew(s3: S3Objects, s3_server: Server, proxy: Proxy) -> None:
-    _ = s3.abilities.creates
+    _ = s3.abilities
     proxy.forget()
-    _ = S3Objects.open(f"s3://{s3_server.new_bucket()}/store").abilities.creates
+    _ = S3Objects.open(f"s3://{s3_server.new_bucket()}/store").abilities
     assert proxy.count() > 0
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[]", '{"creates": "yes"}', '{"creates": null}'])
+@pytest.mark.parametrize("content", ["", "no json", "[]", "{}", '{"swaps": "yes", "quoted_tags": true}'])
 def test_a_damaged_record_is_as_none(content: str, s3: S3Objects, tmp_path: Path) -> None:
-    creates = s3.abilities.creates
+    abilities = s3.abilities
     [file] = (tmp_path / "cache" / "llmopt" / "s3").iterdir()
     file.write_text(content)
-    assert S3Objects.open(s3.url).abilities.creates == creates
-
-
-def test_creates_costs_three_requests(s3: S3Objects, proxy: Proxy) -> None:
-    _ = s3.abilities.creates
-    assert proxy.count() == 3
+    assert S3Objects.open(s3.url).abilities == abilities
 
 
 def test_no_names_on_a_server_that_cannot_compare_cost_little(s3: S3Objects, s3_server: Server, proxy: Proxy) -> None:
-    if RELIED_ON[s3_server.name]["creates"]:
+    if KNOWN[s3_server.name]["create"]:
         pytest.skip("it can")
     _ = s3.swaps
     assert proxy.count() == 3
@@ -95,7 +87,7 @@ def test_no_names_on_a_server_that_cannot_compare_cost_little(s3: S3Objects, s3_
 def test_names_are_right_where_every_answer_is_no(
     s3: S3Objects, small: tuple[Store, Manifest], large: tuple[Store, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no = Abilities({"creates": False, "swaps": False, "quoted_tags": True}, lambda name: {})
+    no = Abilities(swaps=False, quoted_tags=True)
     monkeypatch.setitem(vars(s3), "abilities", no)
     remote = Remote(s3)
     for store, manifest in (small, large):
@@ -103,8 +95,6 @@ def test_names_are_right_where_every_answer_is_no(
     assert remote.set_name("best", small[1].id) is None
     assert remote.set_name("best", large[1].id) == small[1].id
     assert remote.names() == {"best": large[1].id}
-    assert s3.create("leases/a", b"first")
-    assert not s3.create("leases/a", b"second")
 
 
 def test_a_bucket_that_cannot_be_used_is_an_error(s3: S3Objects, proxy: Proxy) -> None:

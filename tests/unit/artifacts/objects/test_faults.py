@@ -150,16 +150,6 @@ class TestNames:
         assert remote.names() == {"best": f"sha256:{'0' * 64}"}
 
 
-@pytest.mark.parametrize("with_", [LoseReply(), Cut(after_request_bytes=10), SLOW_DOWN])
-def test_creating_succeeds_though(s3: S3Objects, proxy: Proxy, with_: Any) -> None:
-    """Or it says that there is one: the first try's."""
-    assert s3.abilities.creates in (True, False)
-    rule = proxy.fail(match=lambda request: request.method == "PUT", with_=with_)
-    s3.create("names/a", b"content" * 10)
-    assert rule.hits == 1
-    assert s3.read("names/a", most=100) == b"content" * 10
-
-
 def test_deleting_what_a_lost_reply_has_deleted_is_no_error(s3: S3Objects, proxy: Proxy) -> None:
     s3.write("a", b"")
     rule = proxy.fail(match=lambda request: "delete" in request.query, with_=LoseReply())

@@ -105,12 +105,6 @@ def test_finds_size_and_time(objects: Objects) -> None:
     assert abs(found.modified_s - time.time()) < 10
 
 
-def test_creates_once(objects: Objects) -> None:
-    assert objects.create("a", b"first")
-    assert not objects.create("a", b"second")
-    assert objects.read("a", most=10) == b"first"
-
-
 def test_swaps_the_version_it_was_told(objects: Objects) -> None:
     assert objects.swap("a", b"first", None)
     _, tag = objects.read_tagged("a", most=10) or (b"", None)
