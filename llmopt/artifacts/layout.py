@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from llmopt.errors import SettingsError
 
@@ -80,3 +81,23 @@ def hex_of(file: str) -> str | None:
     """The digest in a file's name `<hex>.json`; None for a file that is not ours."""
     stem, _, suffix = file.rpartition("/")[2].partition(".")
     return stem if suffix == "json" and HEX.fullmatch(stem) else None
+
+
+def is_abbreviated(reference: str) -> bool:
+    """Whether this is an id or the beginning of one, and no name; SettingsError for a `sha256:` with too few digits."""
+    digits = reference.removeprefix("sha256:")
+    if PREFIX.fullmatch(digits):
+        return True
+    if digits != reference:
+        raise SettingsError(f"`{reference}` is not an artifact's id", hint="write `sha256:` and 8 digits or more")
+    return False
+
+
+def the_one(reference: str, ids: Iterable[str]) -> str | None:
+    """The id that begins with these digits, None if there is none; SettingsError when there are several."""
+    digits = reference.removeprefix("sha256:").lower()
+    found = sorted({artifact for artifact in ids if artifact.startswith(f"sha256:{digits}")})
+    if len(found) > 1:
+        listed = ", ".join(f"`{artifact}`" for artifact in found[:5])
+        raise SettingsError(f"`{reference}` fits {len(found)} artifacts", hint=f"write more digits: {listed}")
+    return found[0] if found else None

@@ -128,7 +128,7 @@ class _Users:
             return
         root = self._store.root
         disk.sync_folders([root / layout.manifest(manifest.hex) for manifest in manifests], root)
-        with self._store.relinking({entry.sha256 for manifest in manifests for entry in manifest.files}):
+        with self._store.blobs.relinking({entry.sha256 for manifest in manifests for entry in manifest.files}):
             for manifest in manifests:
                 self._forget(manifest.hex)
 
@@ -148,7 +148,7 @@ class _Users:
                 for folder in (root / kind).iterdir():
                     with suppress(OSError):
                         folder.rmdir()
-        self._store.forget_removed()
+        self._store.blobs.compact()
 
     def _forget(self, digest: str) -> None:
         tree = self._store.root / "trees" / digest

@@ -19,20 +19,19 @@ name, so whatever can be found is whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from llmopt.artifacts import chunks, disk, layout, trees, verified
-from llmopt.artifacts.digest import in_parallel, seal, sha256_file
+from llmopt.artifacts import chunks, disk, layout, records, trees
+from llmopt.artifacts.blobs import REPAIR, Blobs
+from llmopt.artifacts.digest import in_parallel, seal
 from llmopt.artifacts.export import copy_out
 from llmopt.artifacts.leases import Leases
 from llmopt.artifacts.manifest import (
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     Action,
     FileEntry,
     Manifest,
@@ -40,13 +39,11 @@ from llmopt.artifacts.manifest import (
 )
 from llmopt.artifacts.objects import folder_of
 from llmopt.artifacts.outcome import Json
+from llmopt.artifacts.records import OPTION
 from llmopt.artifacts.trust import signing
 from llmopt.artifacts.trust.keys import SigningKey
-from llmopt.artifacts.verified import Verified
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
 
-_REPAIR = "run the command that made it again: it replaces what is damaged"
-_OPTION = "--store"
 BEGUN = ".begun"
 
 
@@ -59,9 +56,7 @@ class Store:
         self.url = str(root)
         self.signer: SigningKey | None = None  # signs what is said of the artifacts that `runner.execute` publishes
         self.leases = Leases(root / layout.LEASES)
-        self._verify_full = verify_full
-        self._verified = Verified(root / "verified")
-        self._fresh: dict[str, os.stat_result] = {}  # read through just now, and looking like this
+        self.blobs = Blobs(root, verify_full=verify_full)
 
     @classmethod
     def open(cls, url: str | None = None) -> Store:
@@ -96,7 +91,7 @@ class Store:
             except Exception as error:
                 if isinstance(error, LlmoptError) or not disk.is_full(error):
                     raise
-                raise disk.full("the store", self.root, option=_OPTION) from error
+                raise disk.full("the store", self.root, option=OPTION) from error
 
     def forget(self, key: str) -> None:
         """Remove what an action that ended early has left, unless a process is at work on it."""
@@ -136,8 +131,8 @@ class Store:
                 manifest, files, {entry.sha256: parts for entry, parts in sealed.values() if parts}, aside, attestation
             )
             for entry in manifest.files:  # theirs no more: until here a crash leaves the folder as it was
-                self._unlink(folder / entry.path, entry)
-            self._record(manifest.files)
+                self.blobs.unlink(folder / entry.path, entry)
+            self.blobs.record(manifest.files)
         return manifest
 
     def adopt(self, manifest: Manifest, files: Mapping[str, Path], parts: Mapping[str, tuple[str, ...]]) -> None:
@@ -150,7 +145,7 @@ class Store:
             left = dict(files)
             here = {entry.path: left.pop(entry.sha256) for entry in manifest.files if entry.sha256 in left}
             self._publish(manifest, here, parts, aside, None)
-            self._record(manifest.files)
+            self.blobs.record(manifest.files)
         if os.path.lexists(self._tree(manifest)):  # with links to what was replaced
             self._put_right(manifest)
 
@@ -169,12 +164,12 @@ class Store:
             added = {entry.sha256 for entry in manifest.files if entry.path in files}
             for entry in manifest.files:
                 if entry.path in files:
-                    self._add_blob(files[entry.path], entry)
-                elif entry.sha256 not in added and (problem := self._blob_problem(entry)) is not None:
+                    self.blobs.add(files[entry.path], entry)
+                elif entry.sha256 not in added and (problem := self.blobs.problem(entry)) is not None:
                     raise CorruptError(f"`{entry.path}` of `{manifest.id}` {problem}", hint="run the command again")
-            disk.sync_folders([self.blob(entry.sha256) for entry in manifest.files], self.root)
+            disk.sync_folders([self.blobs.path(entry.sha256) for entry in manifest.files], self.root)
             self._put_chunks(manifest.hex, parts, aside)
-            if _read(self._manifest(manifest.hex)) != data:
+            if records.read(self._manifest(manifest.hex)) != data:
                 disk.publish(data, self._manifest(manifest.hex), aside=aside, root=self.root)
             else:  # whoever wrote it may have been cut off before this
                 disk.sync_folders([self._manifest(manifest.hex)], self.root)
@@ -182,7 +177,7 @@ class Store:
                 self._attest(manifest, canonical_json(attestation(manifest)), aside)
             if manifest.action is not None:
                 target = self.root / layout.action(manifest.action.key, manifest.hex)
-                disk.publish(action_result(manifest), target, aside=aside, root=self.root)
+                disk.publish(records.action_result(manifest), target, aside=aside, root=self.root)
 
     def set_name(self, name: str, artifact: str) -> str | None:
         """Let `name` stand for an artifact of this store from now on; what it stood for before, if anything else."""
@@ -204,22 +199,22 @@ class Store:
         self.leases.take(layout.digest(results[-1]))
         manifest = self._load(results[-1])
         if manifest is None:
-            raise CorruptError(f"the manifest of `{results[-1]}` is missing", hint=_REPAIR)
+            raise CorruptError(f"the manifest of `{results[-1]}` is missing", hint=REPAIR)
         if manifest.action is None or manifest.action.key != key:
-            raise CorruptError(f"the artifact `{manifest.id}` is no result of the action `{key}`", hint=_REPAIR)
-        self._verify_blobs(manifest)
+            raise CorruptError(f"the artifact `{manifest.id}` is no result of the action `{key}`", hint=REPAIR)
+        self.blobs.check(manifest)
         return manifest
 
     def results(self, key: str) -> list[str]:
         """The ids of an action's distinct results, the newest last. More than one: it is not reproducible."""
         folder = self.root / layout.action(layout.checked_key(key))
-        return [f"sha256:{digest}" for _, digest in sorted(_dated(folder))]
+        return [f"sha256:{digest}" for _, digest in sorted(records.dated(folder))]
 
     def actions(self, op: str) -> Iterator[Action]:
         """Every action of an operation that has a result here; what is not readable as one is passed over."""
-        for key in _names(self.root / layout.ACTIONS):
-            for _, digest in _dated(self.root / layout.action(key)):
-                action = _action(self.root / layout.action(key, digest))
+        for key in records.names(self.root / layout.ACTIONS):
+            for _, digest in records.dated(self.root / layout.action(key)):
+                action = records.action(self.root / layout.action(key, digest))
                 if action is not None and action.op == op and action.key == key:
                     yield action
                     break
@@ -250,8 +245,8 @@ class Store:
     def statements(self, artifact: str) -> list[dict[str, Json]]:
         """All that lies beside an artifact, bare or in envelopes, oldest first."""
         folder = self.root / layout.attestation(layout.digest(artifact))
-        whole = [file for _, name in sorted(_dated(folder)) if _is_whole(file := folder / f"{name}.json")]
-        return [value for value in map(_json, whole) if value is not None]
+        whole = [file for _, name in sorted(records.dated(folder)) if records.is_whole(file := folder / f"{name}.json")]
+        return [value for value in map(records.as_json, whole) if value is not None]
 
     def attach(self, artifact: str, envelope: Mapping[str, Json]) -> None:
         """Keep a statement beside the artifact of this store that it is about; CorruptError if it is about another."""
@@ -266,19 +261,19 @@ class Store:
         entry = next((entry for entry in manifest.files if entry.path == path), None)
         if entry is None:
             return None
-        data = _read(self.blob(entry.sha256))
+        data = records.read(self.blobs.path(entry.sha256))
         if data is None or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{path}` is not as stored", hint=_REPAIR)
+            raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{path}` is not as stored", hint=REPAIR)
         return data
 
     def ids(self) -> list[str]:
         """Of all artifacts, damaged ones too, in no order that means anything."""
-        return [f"sha256:{digest}" for _, digest in _dated(self._manifest("").parent)]
+        return [f"sha256:{digest}" for _, digest in records.dated(self._manifest("").parent)]
 
     def ls(self) -> list[tuple[Manifest, float]]:
         """Every artifact that can be listed and when it was first stored (seconds since 1970), newest first."""
         found = []
-        for created_ns, digest in sorted(_dated(self._manifest("").parent), reverse=True):
+        for created_ns, digest in sorted(records.dated(self._manifest("").parent), reverse=True):
             try:
                 found.append((self.get(f"sha256:{digest}"), created_ns / 1e9))
             except LlmoptError:  # damaged: `ids` and `verify` tell
@@ -288,7 +283,7 @@ class Store:
     def names(self) -> dict[str, str]:
         """What every name stands for."""
         found: dict[str, str] = {}
-        for name in _names(self.root / layout.NAMES):
+        for name in records.names(self.root / layout.NAMES):
             with suppress(CorruptError):
                 if layout.NAME.fullmatch(name) and (artifact := self._named(name)):
                     found[name] = artifact
@@ -297,7 +292,7 @@ class Store:
     def broken_names(self) -> dict[str, str]:
         """Names that stand for nothing, and why: something has damaged them."""
         found: dict[str, str] = {}
-        for name in filter(layout.NAME.fullmatch, _names(self.root / layout.NAMES)):
+        for name in filter(layout.NAME.fullmatch, records.names(self.root / layout.NAMES)):
             try:
                 artifact = self._named(name)
             except CorruptError as error:
@@ -312,9 +307,9 @@ class Store:
 
         None when there is nothing of that kind; SettingsError when the digits fit more than one artifact.
         """
-        if not is_abbreviated(reference):
+        if not layout.is_abbreviated(reference):
             return self._named(reference) if layout.NAME.fullmatch(reference) else None
-        return the_one(reference, self.ids())
+        return layout.the_one(reference, self.ids())
 
     # -- files
 
@@ -325,7 +320,7 @@ class Store:
         """
         self.leases.take(layout.digest(artifact))
         manifest = self.get(artifact)
-        self._verify_blobs(manifest)
+        self.blobs.check(manifest)
         return self._put_right(manifest)
 
     def _put_right(self, manifest: Manifest) -> Path:
@@ -334,7 +329,7 @@ class Store:
         if self._tree_faults(manifest) != trees.NO_FAULTS:
             with (
                 self._writing(needs=manifest.size),
-                self.relinking(entry.sha256 for entry in manifest.files),
+                self.blobs.relinking(entry.sha256 for entry in manifest.files),
                 self._aside() as aside,
             ):
                 trees.repair(tree, manifest, self._stored, aside)
@@ -348,9 +343,8 @@ class Store:
             manifest = self.get(artifact)
         except LlmoptError as error:
             return [error.message]
-        for entry in manifest.files:
-            self._verified.forget(entry.sha256)
-        problems = [f"`{entry.path}` {problem}" for entry, problem in self._blob_problems(manifest.files, here=True)]
+        self.blobs.forget(manifest.files)
+        problems = [f"`{entry.path}` {problem}" for entry, problem in self.blobs.problems(manifest.files, here=True)]
         problems += self._problems_beside(manifest)
         tree = self._tree(manifest)
         if os.path.lexists(tree) and not problems:  # a tree is compared with its blobs, so only once these are right
@@ -362,49 +356,15 @@ class Store:
     def export(self, artifact: str, dest: Path) -> None:
         """Copy an artifact into a folder outside the store, all of it or nothing; see `export.copy_out`."""
         manifest = self.get(artifact)
-        self._verify_blobs(manifest)
+        self.blobs.check(manifest)
         corrupt = CorruptError(f"the copy of `{artifact}` in `{dest}` came out wrong", hint="check the disk")
-        copy_out(manifest, dest, self.blob, corrupt)
-
-    def blob(self, sha256: str) -> Path:
-        """Where a file lies, if it is there. What is read from it has to be checked."""
-        return self.root / layout.blob(sha256)
-
-    def has_blob(self, entry: FileEntry) -> bool:
-        """Whether the file is there and right."""
-        if self._blob_problem(entry) is not None:
-            return False
-        self._record([entry])
-        return True
+        copy_out(manifest, dest, self.blobs.path, corrupt)
 
     def chunks(self, manifest: Manifest) -> dict[str, tuple[str, ...]]:
         """The chunk digests of its large files by their sha256, as far as they are known."""
-        return chunks.from_bytes(_read(self.root / layout.chunks(manifest.hex)))
+        return chunks.from_bytes(records.read(self.root / layout.chunks(manifest.hex)))
 
-    def distrust(self, sha256s: Iterable[str]) -> None:
-        """These files have been found damaged, though they may look as they did: they are read before they are used."""
-        self._verified.spoil(sha256s)
-
-    @contextmanager
-    def relinking(self, sha256s: Iterable[str]) -> Iterator[None]:
-        """What is known of these files stays known, though links to them come or go, which changes their times."""
-        before: dict[str, os.stat_result] = {}
-        for sha256 in sha256s:
-            with suppress(OSError):
-                if self._verified.holds(sha256, status := self.blob(sha256).lstat()):
-                    before[sha256] = status
-        yield
-        after: dict[str, tuple[os.stat_result, os.stat_result]] = {}
-        for sha256, status in before.items():
-            with suppress(OSError):
-                after[sha256] = status, self.blob(sha256).lstat()
-        self._verified.renew(after)
-
-    def forget_removed(self) -> None:
-        """Of what was read through, keep in mind what is still there."""
-        self._verified.compact()
-
-    # -- of a store that has its artifacts, or more of them, elsewhere; see `SharedStore`
+    # -- of a store that has its artifacts, or more of them, elsewhere; see `BackedStore`
 
     @property
     def here(self) -> Store:
@@ -427,7 +387,7 @@ class Store:
         return disk.temporary(self.root / "tmp")
 
     def _writing(self, needs: int = 0) -> AbstractContextManager[None]:
-        return disk.writing("the store", self.root, option=_OPTION, needs=needs)
+        return disk.writing("the store", self.root, option=OPTION, needs=needs)
 
     def _begun(self, key: str) -> Path:
         return self.root / "begun" / layout.checked_key(key)
@@ -444,18 +404,18 @@ class Store:
 
     def _load(self, artifact: str) -> Manifest | None:
         digest = layout.digest(artifact)
-        data = _read(self._manifest(digest))
+        data = records.read(self._manifest(digest))
         if data is None:
             return None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise CorruptError(f"the manifest of `{artifact}` is not the one that was stored", hint=_REPAIR)
+            raise CorruptError(f"the manifest of `{artifact}` is not the one that was stored", hint=REPAIR)
         try:
             return Manifest.from_bytes(data)
         except CorruptError as error:
-            raise CorruptError(f"the manifest of `{artifact}` cannot be used: {error.message}", hint=_REPAIR) from error
+            raise CorruptError(f"the manifest of `{artifact}` cannot be used: {error.message}", hint=REPAIR) from error
 
     def _named(self, name: str) -> str | None:
-        data = _read(self.root / layout.name(name))
+        data = records.read(self.root / layout.name(name))
         if data is None:
             return None
         artifact = data.decode(errors="replace").strip()
@@ -463,29 +423,9 @@ class Store:
             raise CorruptError(f"the name `{name}` stands for no artifact", hint="name the artifact again")
         return artifact
 
-    def _add_blob(self, file: Path, entry: FileEntry) -> None:
-        """Move a private, sealed file in, unless its bytes are there already."""
-        blob = self.blob(entry.sha256)
-        if self._blob_problem(entry, here=True) is None:
-            file.unlink()
-            return
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        if blob.is_dir() and not blob.is_symlink():
-            disk.remove(blob)
-        file.replace(blob)
-        self._fresh[entry.sha256] = blob.lstat()
-
-    def _unlink(self, staged: Path, entry: FileEntry) -> None:
-        """Remove what may be a link to a blob, whose times that changes."""
-        blob = self.blob(entry.sha256)
-        before = blob.lstat()
-        staged.unlink()
-        if (fresh := self._fresh.get(entry.sha256)) is not None and verified.same(fresh, before):
-            self._fresh[entry.sha256] = blob.lstat()
-
     def _put_chunks(self, digest: str, parts: Mapping[str, tuple[str, ...]], aside: Path) -> None:
         file, data = self.root / layout.chunks(digest), chunks.to_bytes(parts)
-        there = _read(file)
+        there = records.read(file)
         if parts and there != data:
             disk.publish(data, file, aside=aside, root=self.root)
         elif there is not None and not parts and not chunks.are_whole(there):
@@ -493,114 +433,26 @@ class Store:
 
     def _problems_beside(self, manifest: Manifest) -> Iterator[str]:
         """What is damaged of what is known about an artifact. None of it is used then."""
-        if not chunks.are_whole(_read(self.root / layout.chunks(manifest.hex)) or b"{}"):
+        if not chunks.are_whole(records.read(self.root / layout.chunks(manifest.hex)) or b"{}"):
             yield f"`{layout.chunks(manifest.hex)}` is damaged"
         folder = layout.attestation(manifest.hex)
-        for _, name in _dated(self.root / folder):
-            if not _is_whole(self.root / folder / f"{name}.json"):
+        for _, name in records.dated(self.root / folder):
+            if not records.is_whole(self.root / folder / f"{name}.json"):
                 yield f"`{folder}/{name}.json` is damaged"
         if manifest.action is not None:
             file = layout.action(manifest.action.key, manifest.hex)
-            if _read(self.root / file) not in (None, action_result(manifest)):
+            if records.read(self.root / file) not in (None, records.action_result(manifest)):
                 yield f"`{file}` is damaged"
 
     def _attest(self, manifest: Manifest, data: bytes, aside: Path) -> None:
         name = hashlib.sha256(data).hexdigest()
         disk.publish(data, self.root / layout.attestation(manifest.hex, name), aside=aside, root=self.root)
 
-    def _verify_blobs(self, manifest: Manifest) -> None:
-        for entry, problem in self._blob_problems(manifest.files):
-            raise CorruptError(f"the artifact `{manifest.id}` is corrupt: `{entry.path}` {problem}", hint=_REPAIR)
-
-    def _blob_problems(self, entries: Sequence[FileEntry], *, here: bool = False) -> list[tuple[FileEntry, str]]:
-        """What is wrong with stored files, and that the others are right is known from now on."""
-        unread = [entry for entry in entries if not self._is_known(entry, here=here)]
-        problems = in_parallel(lambda entry: self._blob_problem(entry, here=here), unread)
-        self._record(entries)
-        return [(entry, problem) for entry, problem in zip(unread, problems, strict=True) if problem is not None]
-
-    def _is_known(self, entry: FileEntry, *, here: bool) -> bool:
-        """Whether the file has been read through and looks the same, which needs no threads."""
-        try:
-            found = self.blob(entry.sha256).lstat()
-        except OSError:
-            return False
-        here = here or self._verify_full
-        return (
-            stat.S_ISREG(found.st_mode)
-            and found.st_size == entry.size
-            and self._verified.holds(entry.sha256, found, here=here)
-        )
-
-    def _blob_problem(self, entry: FileEntry, *, here: bool = False) -> str | None:
-        """What is wrong with a stored file, by reading all of it unless it is known and looks the same.
-
-        `here`: what only another process knows does not count.
-        """
-        blob = self.blob(entry.sha256)
-        try:
-            found = blob.lstat()
-            if not stat.S_ISREG(found.st_mode):
-                return "is not a regular file"
-            if found.st_size != entry.size:
-                return f"has {found.st_size} bytes, not {entry.size}"
-            fresh = self._fresh.get(entry.sha256)
-            if fresh is not None and verified.same(fresh, found):
-                return None
-            if self._verified.holds(entry.sha256, found, here=here or self._verify_full):
-                return None
-            settled = self._verified.settle(found)
-            if sha256_file(blob) != entry.sha256:
-                self._verified.spoil([entry.sha256])
-                return "has changed bytes"
-        except (FileNotFoundError, NotADirectoryError):
-            return "is missing"
-        except OSError as error:
-            return f"cannot be read: {error.strerror}"
-        if settled:
-            self._fresh[entry.sha256] = found
-        return None
-
-    def _record(self, entries: Iterable[FileEntry]) -> None:
-        """Remember that those of these files that were just read through are right."""
-        found = {entry.sha256: self._fresh.pop(entry.sha256) for entry in entries if entry.sha256 in self._fresh}
-        self._verified.record(found)
-        if self._verified.is_long():
-            self._verified.compact()
-
     def _tree_faults(self, manifest: Manifest) -> trees.Faults:
         return trees.find_faults(self._tree(manifest), manifest, self._stored)
 
     def _stored(self, entry: FileEntry) -> Path:
-        return self._manifest(entry.sha256) if entry.path == MANIFEST_NAME else self.blob(entry.sha256)
-
-
-def action_result(manifest: Manifest) -> bytes:
-    """What lies under an action's key for one of its results."""
-    assert manifest.action is not None
-    return canonical_json(
-        {"schema": layout.ACTION_SCHEMA, "artifact": manifest.id, "action": manifest.action.to_json()}
-    )
-
-
-def is_abbreviated(reference: str) -> bool:
-    """Whether this is an id or the beginning of one, and no name; SettingsError for a `sha256:` with too few digits."""
-    digits = reference.removeprefix("sha256:")
-    if layout.PREFIX.fullmatch(digits):
-        return True
-    if digits != reference:
-        raise SettingsError(f"`{reference}` is not an artifact's id", hint="write `sha256:` and 8 digits or more")
-    return False
-
-
-def the_one(reference: str, ids: Iterable[str]) -> str | None:
-    """The id that begins with these digits, None if there is none; SettingsError when there are several."""
-    digits = reference.removeprefix("sha256:").lower()
-    found = sorted({artifact for artifact in ids if artifact.startswith(f"sha256:{digits}")})
-    if len(found) > 1:
-        listed = ", ".join(f"`{artifact}`" for artifact in found[:5])
-        raise SettingsError(f"`{reference}` fits {len(found)} artifacts", hint=f"write more digits: {listed}")
-    return found[0] if found else None
+        return self._manifest(entry.sha256) if entry.path == MANIFEST_NAME else self.blobs.path(entry.sha256)
 
 
 def _take(folder: Path, aside: Path) -> dict[str, Path]:
@@ -629,62 +481,10 @@ def _root(url: str | None) -> Path:
     try:
         root = (folder_of(url) if url else disk.data_home()).absolute()
     except RuntimeError as error:  # no home folder
-        raise SettingsError(f"the store's folder is not known: {error}", hint=f"name it with `{_OPTION}`") from error
+        raise SettingsError(f"the store's folder is not known: {error}", hint=f"name it with `{OPTION}`") from error
     there = next(path for path in (root, *root.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise SettingsError(
-            f"the store `{root}` cannot be there: `{there}` is no folder", hint=f"use `{_OPTION} FOLDER`"
+            f"the store `{root}` cannot be there: `{there}` is no folder", hint=f"use `{OPTION} FOLDER`"
         )
     return root
-
-
-def _names(folder: Path) -> list[str]:
-    """What is in a folder of the store; nothing if it is not there."""
-    try:
-        return sorted(file.name for file in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise LlmoptError(f"`{folder}` cannot be read: {error.strerror}", hint=f"use another `{_OPTION}`") from error
-
-
-def _dated(folder: Path) -> list[tuple[int, str]]:
-    """Digest and time (ns) of each `<hex>.json` in a folder; other files are not ours."""
-    found = []
-    for name in _names(folder):
-        if (digest := layout.hex_of(name)) is not None:
-            with suppress(FileNotFoundError):
-                found.append(((folder / name).stat().st_mtime_ns, digest))
-    return found
-
-
-def _read(file: Path) -> bytes | None:
-    """A small file of the store; None if it is not there."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(MAX_MANIFEST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise LlmoptError(f"`{file}` cannot be read: {error.strerror}", hint=f"use another `{_OPTION}`") from error
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether a file is the one that its name says."""
-    data = _read(file)
-    return data is not None and hashlib.sha256(data).hexdigest() == layout.hex_of(file.name)
-
-
-def _json(file: Path) -> dict[str, Json] | None:
-    try:
-        found = json.loads(_read(file) or b"null")
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _action(file: Path) -> Action | None:
-    try:
-        return Action.from_json((_json(file) or {}).get("action"))
-    except LlmoptError:
-        return None

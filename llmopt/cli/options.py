@@ -111,7 +111,8 @@ class Session:
 
             store = Store(Store.open(location).root, verify_full=self.verify == "full")
         else:
-            from llmopt.artifacts.remote.shared import open_store, trusted_keys
+            from llmopt.artifacts.remote.shared import open_store
+            from llmopt.artifacts.trust.keys import trusted_keys
 
             store = open_store(
                 location,

@@ -201,7 +201,7 @@ def problems(store: Store, artifact: str, share: float, session: opt.Session) ->
     place = remote or Remote(DiskObjects(store.root))
     found = verify.problems(place, artifact, share=share)
     if remote is None:
-        store.distrust(sha256 for sha256 in found if layout.HEX.fullmatch(sha256))
+        store.blobs.distrust(sha256 for sha256 in found if layout.HEX.fullmatch(sha256))
     try:
         manifest = place.get(artifact)
     except LlmoptError:
@@ -224,20 +224,19 @@ def share_of(text: str | None) -> float:
 
 def _remote_of(store: Store) -> Remote | None:
     """The remote that the store is; None for one on this disk."""
-    from llmopt.artifacts.remote.shared import SharedStore
+    from llmopt.artifacts.remote.shared import S3Store
 
-    return store.remote if isinstance(store, SharedStore) and store.own else None
+    return store.remote if isinstance(store, S3Store) else None
 
 
 def _resolve_there(remote: Remote, reference: str) -> str:
     from llmopt.artifacts import layout
-    from llmopt.artifacts.store import is_abbreviated, the_one
 
     if layout.is_id(reference):
         return reference
     found = (
-        the_one(reference, remote.listed())
-        if is_abbreviated(reference)
+        layout.the_one(reference, remote.listed())
+        if layout.is_abbreviated(reference)
         else remote.named(reference)
         if layout.NAME.fullmatch(reference)
         else None
@@ -253,8 +252,8 @@ def _resolve_there(remote: Remote, reference: str) -> str:
 
 def _require_signed(remote: Remote, artifact: str) -> None:
     """By one of the keys in $LLMOPT_TRUST, if there are any."""
-    from llmopt.artifacts.remote.shared import trusted_keys
     from llmopt.artifacts.trust import signing
+    from llmopt.artifacts.trust.keys import trusted_keys
 
     keys = trusted_keys(os.environ.get("LLMOPT_TRUST"))
     manifest = remote.get(artifact) if keys else None

@@ -365,7 +365,7 @@ def test_flips(tmp_path: Path) -> None:
         for name, size in (("small", 10_000), ("large", 40 << 20), ("tiny", 1)):
             (folder / name).write_bytes(chance.randbytes(size))
         manifest = store.put(folder, kind="model")
-    places = [store.blob(entry.sha256) for entry in manifest.files]
+    places = [store.blobs.path(entry.sha256) for entry in manifest.files]
     places.append(store.root / "manifests" / "sha256" / f"{manifest.hex}.json")
     found = 0
     for number in range(FLIPS):

@@ -214,7 +214,7 @@ def sources(root: Path) -> set[str]:
 def _read_artifact(store: Store, objects: Objects, manifest: Manifest, progress: Progress) -> None:
     here = store.here
     entries = {entry.sha256: entry for entry in manifest.files}
-    missing: list[FileEntry] = [entry for entry in entries.values() if not here.has_blob(entry)]
+    missing: list[FileEntry] = [entry for entry in entries.values() if not here.blobs.has(entry)]
     if not missing and _is_whole(here, manifest.id):
         return
     with here.stage(manifest.hex) as folder:
@@ -261,7 +261,7 @@ def _read_checkpoint(store: Store, prefix: Prefix, progress: Progress) -> str:
 
 def _is_whole(here: Store, artifact: str) -> bool:
     try:
-        return here.has(artifact) and all(here.has_blob(entry) for entry in here.get(artifact).files)
+        return here.has(artifact) and all(here.blobs.has(entry) for entry in here.get(artifact).files)
     except CorruptError:
         return False
 

@@ -89,7 +89,7 @@ class Outgoing:
     def _send_whole(self, entry: FileEntry) -> None:
         """Two who send it at once send the same bytes."""
         try:
-            data = self.store.blob(entry.sha256).read_bytes()
+            data = self.store.blobs.path(entry.sha256).read_bytes()
         except OSError:
             raise self._damaged(entry) from None
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -103,7 +103,7 @@ class Outgoing:
             if entry.size <= PART_BYTES:
                 yield partial(self._send_whole, entry)
                 continue
-            if not self._known(entry) and not self.store.has_blob(entry):
+            if not self._known(entry) and not self.store.blobs.has(entry):
                 raise self._damaged(entry)
             begun[entry] = sender = self.objects.sender(self.key(entry), entry.size, entry.sha256)
             yield from self._parts(entry, sender, lambda entry=entry: begun.pop(entry))  # type: ignore[misc]
@@ -138,7 +138,7 @@ class Outgoing:
 
     def _read(self, entry: FileEntry, begin: int, end: int) -> memoryview:
         try:
-            with self.store.blob(entry.sha256).open("rb", buffering=0) as file:
+            with self.store.blobs.path(entry.sha256).open("rb", buffering=0) as file:
                 data = memoryview(os.pread(file.fileno(), end - begin, begin))
         except OSError:
             raise self._damaged(entry) from None
@@ -152,7 +152,7 @@ class Outgoing:
 
     def _damaged(self, entry: FileEntry) -> CorruptError:
         return CorruptError(
-            f"`{self.store.blob(entry.sha256)}` is not what was stored, and is not sent",
+            f"`{self.store.blobs.path(entry.sha256)}` is not what was stored, and is not sent",
             hint="`llmopt store verify` tells what else is damaged; the command that made it makes it again",
         )
 

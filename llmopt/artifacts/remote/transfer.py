@@ -13,10 +13,10 @@ from llmopt.artifacts import chunks, layout
 from llmopt.artifacts.export import new_folder
 from llmopt.artifacts.manifest import Manifest, canonical_json
 from llmopt.artifacts.outcome import Progress, silent
+from llmopt.artifacts.records import action_result
 from llmopt.artifacts.remote.meter import Meter, Moved
 from llmopt.artifacts.remote.receiving import Wanted, receive
 from llmopt.artifacts.remote.sending import Outgoing
-from llmopt.artifacts.store import action_result
 from llmopt.errors import CorruptError, LlmoptError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def pull(store: Store, artifact: str, remote: Remote, progress: Progress = silen
 def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> None:
     """Fetch the files that are not here, and have them as the artifact."""
     entries = {entry.sha256: entry for entry in manifest.files}
-    missing = [entry for entry in entries.values() if not store.has_blob(entry)]
+    missing = [entry for entry in entries.values() if not store.blobs.has(entry)]
     parts = store.chunks(manifest)
     if any(entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts for entry in entries.values()):
         parts |= {sha: found for sha, found in chunks.from_bytes(remote.chunks(manifest)).items() if sha in entries}
@@ -90,7 +90,7 @@ def _take(store: Store, manifest: Manifest, remote: Remote, meter: Meter) -> Non
         for entry in entries.values():
             if entry.size > chunks.CHUNK_BYTES and entry.sha256 not in parts:
                 here = folder / entry.sha256
-                parts[entry.sha256] = chunks.of_file(here if here.exists() else store.blob(entry.sha256))
+                parts[entry.sha256] = chunks.of_file(here if here.exists() else store.blobs.path(entry.sha256))
         store.here.adopt(manifest, {each.target.name: each.target for each in wanted}, parts)
 
 

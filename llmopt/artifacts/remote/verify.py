@@ -12,7 +12,7 @@ from llmopt.artifacts import chunks, layout
 from llmopt.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
 from llmopt.artifacts.objects import Objects
 from llmopt.artifacts.outcome import Progress, silent
-from llmopt.artifacts.store import action_result
+from llmopt.artifacts.records import action_result
 from llmopt.errors import LlmoptError
 
 if TYPE_CHECKING:

@@ -167,3 +167,8 @@ def _no_key(file: str | Path) -> SettingsError:
 def _other_type(file: str | Path, key: object) -> SettingsError:
     kind = type(key).__name__.removesuffix("PrivateKey").removesuffix("PublicKey")
     return SettingsError(f"the key `{file}` is of the type {kind}, not Ed25519", hint=_MAKE)
+
+
+def trusted_keys(text: str | None) -> tuple[PublicKey, ...]:
+    """The public keys in files separated by `:`, as `$LLMOPT_TRUST` has them; read at once."""
+    return tuple(read_public(file) for file in (text or "").split(":") if file)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmopt.artifacts import Action, Manifest, Store, canonical_json
+from llmopt.artifacts import Action, Manifest, Store, canonical_json, sha256_file
 from llmopt.errors import CorruptError
 
 Put = Callable[..., Manifest]
@@ -194,14 +194,12 @@ def test_with_full_verification_a_file_is_read_once_in_a_process(
     store: Store, made: Manifest, action: Action, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    real = __import__("llmopt.artifacts.store", fromlist=["x"]).sha256_file
 
     def count(path: Path) -> str:
         read.append(path)
-        digest: str = real(path)
-        return digest
+        return sha256_file(path)
 
-    monkeypatch.setattr("llmopt.artifacts.store.sha256_file", count)
+    monkeypatch.setattr("llmopt.artifacts.blobs.sha256_file", count)
     fresh = Store(store.root, verify_full=True)
     fresh.find(action.key)
     assert len(read) == len(made.files)

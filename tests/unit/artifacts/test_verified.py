@@ -86,7 +86,7 @@ def test_an_open_store_reads_no_blob_that_another_process_has_linked_meanwhile(
     _, key = run(store, PUT)
     assert store.find(key) is not None
     run(store, HIT, key)
-    monkeypatch.setattr("llmopt.artifacts.store.sha256_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("llmopt.artifacts.blobs.sha256_file", lambda path: pytest.fail(f"{path} was read"))
     assert store.find(key) is not None
 
 
@@ -120,7 +120,7 @@ def test_putting_the_same_again_leaves_nothing_to_be_read(store: Store) -> None:
 
 
 def blob_of(store: Store, manifest: Manifest, path: str = "config.json") -> Path:
-    return store.blob(next(entry.sha256 for entry in manifest.files if entry.path == path))
+    return store.blobs.path(next(entry.sha256 for entry in manifest.files if entry.path == path))
 
 
 def spoil(blob: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole(store: Store, put
     good = log.read_bytes()
     log.write_bytes(good[:-3])
     reader, entry = Verified(log), next(e for e in made.files if e.sha256.encode() in good.splitlines()[-1])
-    found = store.blob(entry.sha256).lstat()
+    found = store.blobs.path(entry.sha256).lstat()
     assert not reader.holds(entry.sha256, found)
     log.write_bytes(good)
     assert reader.holds(entry.sha256, found)
@@ -252,12 +252,12 @@ def test_a_line_that_is_being_written_is_read_when_it_is_whole(store: Store, put
 def test_a_log_written_anew_is_read_anew(store: Store, put: Put) -> None:
     made = put()
     reader, entry = Verified(store.root / "verified"), made.files[0]
-    found = store.blob(entry.sha256).lstat()
+    found = store.blobs.path(entry.sha256).lstat()
     assert reader.holds(entry.sha256, found)
     reader.forget(entry.sha256)
     for _ in range(50):
         Verified(store.root / "verified").record({"b" * 64: found})
-    Store(store.root).forget_removed()
+    Store(store.root).blobs.compact()
     assert reader.holds(entry.sha256, found)
 
 

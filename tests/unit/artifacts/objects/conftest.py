@@ -104,7 +104,7 @@ def fresh(tmp_path: Path) -> Store:
 @pytest.fixture
 def contents() -> Callable[[Store, Manifest], dict[str, bytes]]:
     def read(store: Store, manifest: Manifest) -> dict[str, bytes]:
-        return {entry.path: store.blob(entry.sha256).read_bytes() for entry in manifest.files}
+        return {entry.path: store.blobs.path(entry.sha256).read_bytes() for entry in manifest.files}
 
     return read
 

@@ -168,7 +168,7 @@ def test_bytes_that_stay_wrong_are_not_taken(
         transfer.pull(fresh, manifest.id, remote)
     assert caught.value.code == Exit.VERIFICATION_FAILED
     assert not fresh.has(manifest.id)
-    assert not any(fresh.blob(entry.sha256).exists() for entry in manifest.files)
+    assert not any(fresh.blobs.path(entry.sha256).exists() for entry in manifest.files)
     proxy.heal()
     transfer.pull(fresh, manifest.id, remote)
     assert contents(fresh, manifest) == contents(store, manifest)

@@ -47,7 +47,7 @@ def another(store: Store, manifest: Manifest, **more: bytes) -> Manifest:
     """With the same files and more."""
     with store.stage() as staged:
         for entry in manifest.files:
-            (staged / entry.path).write_bytes(store.blob(entry.sha256).read_bytes())
+            (staged / entry.path).write_bytes(store.blobs.path(entry.sha256).read_bytes())
         for path, data in more.items():
             (staged / path).write_bytes(data)
         return store.put(staged, kind="model")
@@ -203,7 +203,7 @@ def test_what_is_damaged_here_is_not_sent(remote: Remote, tmp_path: Path) -> Non
         (staged / "large").write_bytes(bytes(20 * MIB))
         manifest = store.put(staged, kind="model")
     [entry] = manifest.files
-    blob = store.blob(entry.sha256)
+    blob = store.blobs.path(entry.sha256)
     blob.chmod(0o644)
     with blob.open("r+b") as file:
         file.seek(19 * MIB)

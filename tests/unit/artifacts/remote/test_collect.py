@@ -481,7 +481,7 @@ def test_a_removal_makes_nobody_read_again(other: Store, monkeypatch: pytest.Mon
         Store(other.root).path(made.id)
     other.set_name("best", kept.id)
     assert collect_local(other, older_than_s=0).artifacts == [gone.id]
-    monkeypatch.setattr("llmopt.artifacts.store.sha256_file", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("llmopt.artifacts.blobs.sha256_file", lambda path: pytest.fail(f"{path} was read"))
     Store(other.root).path(kept.id)
 
 

@@ -107,7 +107,7 @@ def test_what_has_changed_there_is_fetched_again(s3_place: Place, store: Store) 
 def test_what_is_damaged_on_this_disk_is_fetched_again(s3_place: Place, store: Store) -> None:
     upload(s3_place)
     found = read(store, s3_place)
-    blob = store.blob(hashlib.sha256(CHECKPOINT["model.safetensors"]).hexdigest())
+    blob = store.blobs.path(hashlib.sha256(CHECKPOINT["model.safetensors"]).hexdigest())
     blob.chmod(0o644)
     blob.write_bytes(b"x")
     again = Store(store.root)
@@ -304,7 +304,7 @@ def test_a_killed_write_goes_on_with_the_files_that_are_not_there(
     plain.write(store, made.id, watched.url)
     assert 2 * PART_BYTES < proxy.sent_bytes("PUT") < 2 * PART_BYTES + 10_000
     for entry in made.files:
-        assert watched.read(entry.path) == store.blob(entry.sha256).read_bytes()
+        assert watched.read(entry.path) == store.blobs.path(entry.sha256).read_bytes()
 
 
 def test_what_another_artifact_had_begun_is_not_taken_for_ones_own(

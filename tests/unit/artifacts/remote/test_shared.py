@@ -19,7 +19,7 @@ from servers.places import Place
 from llmopt.artifacts import Action, Manifest, Store, attest, layout
 from llmopt.artifacts.outcome import Json
 from llmopt.artifacts.remote import Remote, transfer
-from llmopt.artifacts.remote.shared import SharedStore, open_store
+from llmopt.artifacts.remote.shared import S3Store, SharingStore, open_store
 from llmopt.artifacts.trust.keys import SigningKey
 from llmopt.artifacts.trust.signing import sign
 from llmopt.errors import CorruptError, LlmoptError, SettingsError
@@ -44,26 +44,26 @@ def told() -> Told:
 
 
 @pytest.fixture
-def shared(tmp_path: Path, told: Told) -> Callable[..., SharedStore]:
+def shared(tmp_path: Path, told: Told) -> Callable[..., SharingStore]:
     """shared("mine", place, push=True) -> a store on this disk that shares a cache."""
 
-    def make(name: str, place: Place, **how: Any) -> SharedStore:
+    def make(name: str, place: Place, **how: Any) -> SharingStore:
         store = open_store(str(tmp_path / name), remote=place.url, progress=told, **how)
-        assert isinstance(store, SharedStore)
+        assert isinstance(store, SharingStore)
         return store
 
     return make
 
 
 @pytest.fixture
-def owned(s3_place: Place, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SharedStore]:
+def owned(s3_place: Place, tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> Callable[..., S3Store]:
     """owned("machine-1") -> the store in the place, with this machine's cache."""
 
-    def make(machine: str, **how: Any) -> SharedStore:
+    def make(machine: str, **how: Any) -> S3Store:
         with monkeypatch.context() as patch:
             patch.setattr("llmopt.artifacts.remote.shared.cache_home", lambda: tmp_path / machine)
             store = open_store(s3_place.url, progress=told, **how)
-        assert isinstance(store, SharedStore)
+        assert isinstance(store, S3Store)
         return store
 
     return make
@@ -94,14 +94,14 @@ def spoil(place: Place, key: str) -> None:
 
 def spoil_here(store: Store, key: str) -> None:
     spoil(Place(url=str(store.root)), key)
-    store._verified._marks.clear()
+    store.blobs._verified._marks.clear()
 
 
 # -- a cache that several machines share
 
 
 def test_what_a_colleague_made_is_used_and_not_made_again(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     made = put(into=shared("colleague", place, push=True), action=make_action(), attestation=signed_by(OURS))
     ci = shared("ci", place)
@@ -114,7 +114,7 @@ def test_what_a_colleague_made_is_used_and_not_made_again(
 
 
 def test_without_push_nothing_is_written_there(
-    watched: Place, proxy: Proxy, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    watched: Place, proxy: Proxy, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     store = shared("mine", watched)
     assert store.find(make_action().key) is None
@@ -127,7 +127,7 @@ def test_without_push_nothing_is_written_there(
 
 
 def test_a_hit_here_is_pushed_if_it_is_not_there_and_only_then(
-    watched: Place, proxy: Proxy, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    watched: Place, proxy: Proxy, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     made = put(into=shared("mine", watched), action=make_action())
     pushing = shared("mine", watched, push=True)
@@ -140,7 +140,7 @@ def test_a_hit_here_is_pushed_if_it_is_not_there_and_only_then(
 
 
 def test_a_fetched_result_is_not_sent_back(
-    watched: Place, proxy: Proxy, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    watched: Place, proxy: Proxy, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     put(into=shared("colleague", watched, push=True), action=make_action(), attestation=signed_by(OURS))
     other = shared("mine", watched, push=True)
@@ -150,7 +150,7 @@ def test_a_fetched_result_is_not_sent_back(
 
 
 def test_an_id_or_a_name_of_there_is_known_here(
-    place: Place, shared: Callable[..., SharedStore], put: Put, store: Store
+    place: Place, shared: Callable[..., SharingStore], put: Put, store: Store
 ) -> None:
     made = put()
     transfer.push(store, made.id, remote := Remote.open(place.url))
@@ -166,7 +166,7 @@ def test_an_id_or_a_name_of_there_is_known_here(
     assert (ci.root.parent / "copy" / "config.json").exists()
 
 
-def test_what_is_nowhere_is_an_error_that_names_the_store(place: Place, shared: Callable[..., SharedStore]) -> None:
+def test_what_is_nowhere_is_an_error_that_names_the_store(place: Place, shared: Callable[..., SharingStore]) -> None:
     store = shared("mine", place)
     with pytest.raises(LlmoptError, match="no artifact") as caught:
         store.path("sha256:" + "0" * 64)
@@ -176,7 +176,7 @@ def test_what_is_nowhere_is_an_error_that_names_the_store(place: Place, shared: 
 def test_a_cache_that_is_down_is_done_without_and_told_once(
     watched: Place,
     proxy: Proxy,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     put: Put,
     make_action: MakeAction,
     told: Told,
@@ -195,7 +195,7 @@ def test_a_cache_that_is_down_is_done_without_and_told_once(
 def test_a_cache_that_hangs_is_not_waited_for(
     watched: Place,
     proxy: Proxy,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     make_action: MakeAction,
     told: Told,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +209,7 @@ def test_a_cache_that_hangs_is_not_waited_for(
 def test_a_cache_that_goes_down_while_a_result_is_fetched_is_done_without(
     watched: Place,
     proxy: Proxy,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     put: Put,
     make_action: MakeAction,
     told: Told,
@@ -226,7 +226,7 @@ def test_a_cache_that_goes_down_while_a_result_is_fetched_is_done_without(
 
 
 def test_a_place_that_is_no_store_is_an_error_and_not_done_without(
-    place: Place, shared: Callable[..., SharedStore], make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], make_action: MakeAction
 ) -> None:
     place.write("holiday.jpg", b"x")
     with pytest.raises(SettingsError, match=r"is no store: it holds `holiday.jpg`"):
@@ -239,7 +239,7 @@ def test_a_place_that_is_no_store_is_an_error_and_not_done_without(
 @pytest.mark.parametrize("what", ["blob", "manifest"])
 def test_a_damaged_result_here_is_had_again_from_there(
     place: Place,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     put: Put,
     make_action: MakeAction,
     told: Told,
@@ -255,7 +255,7 @@ def test_a_damaged_result_here_is_had_again_from_there(
 
 
 def test_a_damaged_result_that_is_nowhere_else_is_an_error(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     store = shared("mine", place)
     made = put(into=store, action=make_action())
@@ -267,7 +267,7 @@ def test_a_damaged_result_that_is_nowhere_else_is_an_error(
 @pytest.mark.parametrize("what", ["blob", "manifest", "missing"])
 def test_a_damaged_result_there_is_not_used_and_put_right_when_it_is_made_again(
     place: Place,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     put: Put,
     make_action: MakeAction,
     told: Told,
@@ -291,7 +291,7 @@ def test_a_damaged_result_there_is_not_used_and_put_right_when_it_is_made_again(
 
 
 def test_of_several_results_there_a_whole_one_is_used(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     colleague = shared("colleague", place, push=True)
     whole = put({"a": b"1"}, into=colleague, action=make_action())
@@ -301,7 +301,7 @@ def test_of_several_results_there_a_whole_one_is_used(
 
 
 def test_a_result_of_another_action_is_not_taken_for_this_one(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     made = put(into=shared("colleague", place, push=True), action=make_action())
     other = make_action(op_version=2).key
@@ -319,7 +319,7 @@ def test_a_result_of_another_action_is_not_taken_for_this_one(
 )
 def test_what_nobody_trusted_has_signed_is_not_used_and_told(
     place: Place,
-    shared: Callable[..., SharedStore],
+    shared: Callable[..., SharingStore],
     put: Put,
     make_action: MakeAction,
     told: Told,
@@ -340,7 +340,7 @@ def test_what_nobody_trusted_has_signed_is_not_used_and_told(
 
 
 def test_what_was_made_here_needs_no_signature(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     made = put(into=shared("colleague", place, push=True), action=make_action())
     store = shared("ci", place, trust=[OURS.public])
@@ -351,7 +351,7 @@ def test_what_was_made_here_needs_no_signature(
 
 
 def test_what_a_trusted_key_has_signed_is_used_with_its_signature(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     made = put(into=shared("colleague", place, push=True), action=make_action(), attestation=signed_by(OURS))
     store = shared("ci", place, trust=[THEIRS.public, OURS.public])
@@ -360,7 +360,7 @@ def test_what_a_trusted_key_has_signed_is_used_with_its_signature(
 
 
 def test_what_came_unsigned_before_is_not_used_once_it_must_be_signed(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction, told: Told
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction, told: Told
 ) -> None:
     colleague = shared("colleague", place, push=True)
     made = put(into=colleague, action=make_action())
@@ -376,7 +376,7 @@ def test_what_came_unsigned_before_is_not_used_once_it_must_be_signed(
 
 
 def test_a_statement_that_is_signed_later_goes_there_too(
-    place: Place, shared: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    place: Place, shared: Callable[..., SharingStore], put: Put, make_action: MakeAction
 ) -> None:
     store = shared("mine", place, push=True)
     made = put(into=store, action=make_action())
@@ -388,7 +388,7 @@ def test_a_statement_that_is_signed_later_goes_there_too(
 
 
 def test_a_store_on_s3_is_the_same_on_every_machine(
-    owned: Callable[..., SharedStore], put: Put, make_action: MakeAction, s3_place: Place
+    owned: Callable[..., S3Store], put: Put, make_action: MakeAction, s3_place: Place
 ) -> None:
     first, second = owned("1"), owned("2")
     made = put(into=first, action=make_action(), attestation=signed_by(OURS), metrics={"kl_mean": 0.5})
@@ -411,7 +411,7 @@ def test_a_store_on_s3_is_the_same_on_every_machine(
 
 
 def test_a_name_is_moved_on_every_machine_and_what_it_stood_for_is_told(
-    owned: Callable[..., SharedStore], put: Put, told: Told
+    owned: Callable[..., S3Store], put: Put, told: Told
 ) -> None:
     first, second = owned("1"), owned("2")
     one, two = put({"a": b"1"}, into=first), put({"a": b"2"}, into=first)
@@ -422,7 +422,7 @@ def test_a_name_is_moved_on_every_machine_and_what_it_stood_for_is_told(
 
 
 def test_two_machines_that_make_the_same_at_once_have_one_artifact(
-    owned: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    owned: Callable[..., S3Store], put: Put, make_action: MakeAction
 ) -> None:
     made = [put(into=owned(machine), action=make_action()) for machine in "12"]
     assert made[0] == made[1]
@@ -430,7 +430,7 @@ def test_two_machines_that_make_the_same_at_once_have_one_artifact(
 
 
 def test_different_results_of_machines_are_both_told(
-    owned: Callable[..., SharedStore], put: Put, make_action: MakeAction
+    owned: Callable[..., S3Store], put: Put, make_action: MakeAction
 ) -> None:
     made = [put({"a": text}, into=owned(str(text)), action=make_action()).id for text in (b"1", b"2")]
     assert sorted(owned("3").results(make_action().key)) == sorted(made)
@@ -476,7 +476,7 @@ def test_a_hit_on_this_disk_fetches_no_file(
 
 
 def test_the_cache_keeps_within_its_limit_and_what_left_it_is_fetched_again(
-    owned: Callable[..., SharedStore], put: Put, told: Told
+    owned: Callable[..., S3Store], put: Put, told: Told
 ) -> None:
     writer = owned("1", cache_bytes=2500)
     made = [put({"a": bytes([number]) * 1000}, into=writer) for number in range(4)]
