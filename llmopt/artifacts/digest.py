@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
 from llmopt.artifacts import disk, licenses
@@ -40,31 +38,11 @@ def seal(path: Path, name: str) -> tuple[FileEntry, tuple[str, ...]]:
     with path.open("rb", buffering=0) as file:
         os.fchmod(file.fileno(), 0o444)
         size = os.fstat(file.fileno()).st_size
-        with _syncing(file.fileno()) if size > CHUNK_BYTES else nullcontext():
-            digest, chunks = read_through(file)
+        if size > CHUNK_BYTES:
+            disk.begin_sync(file.fileno())
+        digest, chunks = read_through(file)
         os.fsync(file.fileno())
         return FileEntry(name, size, digest), chunks
-
-
-@contextmanager
-def _syncing(descriptor: int) -> Iterator[None]:
-    """The disk writes while the file is read. An error of it is told here: the system tells it once."""
-    errors: list[OSError] = []
-
-    def sync() -> None:
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            errors.append(error)
-
-    thread = Thread(target=sync)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def read_through(file: BinaryIO) -> tuple[str, tuple[str, ...]]:

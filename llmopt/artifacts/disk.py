@@ -19,6 +19,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
 _MANY = 16  # folders to sync
 _PIECE_BYTES = 256 << 10
+_SYNC_FILE_RANGE_WRITE = 2  # of Linux
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
 #: What a file system says that cannot link, or cannot link this file once more.
@@ -171,6 +172,15 @@ def sync_folders(paths: Iterable[Path], root: Path) -> None:
             _sync_folder(folder)
     else:  # the disk makes one wait of several
         do_all(SMALL_AT_ONCE, [partial(_sync_folder, folder) for folder in folders])
+
+
+def begin_sync(descriptor: int) -> None:
+    """Have the system write what it has of a file and nobody wait for it, so that a later fsync has little to do."""
+    import ctypes
+
+    with suppress(AttributeError):  # Linux has it
+        # The errors that matter are those of the fsync.
+        ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def _sync_folder(folder: Path) -> None:
