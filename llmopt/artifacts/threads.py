@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SMALL_AT_ONCE, LARGE_AT_ONCE = 24, 8
+SMALL_AT_ONCE = 24
 _PATIENCE_S = 1.0  # with what is under way when a user has enough of it
 _left: set[threading.Thread] = set()
 

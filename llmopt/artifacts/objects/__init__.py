@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Above this a file goes in parts of this size, or of a multiple where there would be too many parts.
 PART_BYTES = 16 << 20
+#: Of what is read, hashed and written in turn: a small part of the cache that a core has for itself.
+PIECE_BYTES = 256 << 10
 MOST_PARTS = 10_000
 
 
@@ -67,6 +69,9 @@ class Objects(Protocol):
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
         """Those bytes; fewer when the object is shorter. GoneError when there is none."""
+
+    def stream(self, key: str, begin: int, end: int) -> Iterator[memoryview]:
+        """The same, in pieces so small that who reads one and then writes it finds it in the processor's cache."""
 
     def find(self, key: str) -> Found | None: ...
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from llmopt.artifacts import disk
-from llmopt.artifacts.objects import Found, GoneError, parts_of
+from llmopt.artifacts.objects import PIECE_BYTES, Found, GoneError, parts_of
 from llmopt.errors import LlmoptError
 
 _ASIDE = "tmp"
@@ -41,10 +41,15 @@ class DiskObjects:
             return data, hashlib.sha256(data).hexdigest()
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
+        return memoryview(b"".join(self.stream(key, begin, end)))
+
+    def stream(self, key: str, begin: int, end: int) -> Iterator[memoryview]:
         with self._reading():
             try:
                 with (self.root / key).open("rb", buffering=0) as file:
-                    return memoryview(os.pread(file.fileno(), end - begin, begin))
+                    while begin < end and (data := os.pread(file.fileno(), min(PIECE_BYTES, end - begin), begin)):
+                        yield memoryview(data)
+                        begin += len(data)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise GoneError(f"`{self.root / key}` is missing") from None
 

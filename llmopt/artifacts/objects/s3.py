@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmopt import backends
-from llmopt.artifacts.objects import PART_BYTES, Found, GoneError, errors, multipart
+from llmopt.artifacts.objects import PART_BYTES, PIECE_BYTES, Found, GoneError, errors, multipart
 from llmopt.artifacts.objects.credentials import Access
 from llmopt.artifacts.objects.errors import RefusedError
 from llmopt.artifacts.objects.multipart import Upload, Wire
@@ -89,20 +89,46 @@ class S3Objects:
         return bytes(self.read_range(key, 0, most + 1)) if data is None else data, tag
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
-        if begin == end:
-            return memoryview(b"")
-        if not self._odd_ranges:
+        pieces = list(self._pieces(key, begin, end, end - begin))
+        return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
+
+    def stream(self, key: str, begin: int, end: int) -> Iterator[memoryview]:
+        return self._pieces(key, begin, end, PIECE_BYTES)
+
+    def _pieces(self, key: str, begin: int, end: int, size: int) -> Iterator[memoryview]:
+        """In pieces of `size` bytes or little more. After a cut it goes on where it was."""
+        coming: Iterator[Any] | None = None
+
+        def piece() -> Any:
+            nonlocal coming
             try:
-                return memoryview(self._tried(lambda: self._obstore.get_range(self._store, key, start=begin, end=end)))
+                if coming is None:
+                    found = self._obstore.get(self._store, key, options={"range": (begin, end)})
+                    coming = iter(found.stream(min_chunk_size=size))
+                return next(coming, None)
+            except BaseException:
+                coming = None
+                raise
+
+        while begin < end:
+            if self._odd_ranges:
+                yield memoryview(Wire.of(self).read_range(key, begin, end))
+                return
+            try:
+                data = self._tried(piece)
             except (self._errors.NotFoundError, FileNotFoundError) as error:
                 raise self._gone(error, key) from None
             except self._errors.BaseError as error:
                 if errors.status_of(str(error)) == 416 or errors.code_of(str(error)) == "InvalidRange":
-                    return memoryview(b"")  # it is shorter than that
+                    return  # it is shorter than that
                 if "non-partial response" not in str(error):
                     raise self._tell(error, "reading") from None
                 self._odd_ranges = True  # rclone gives the range, and says that it is the whole
-        return memoryview(Wire.of(self).read_range(key, begin, end))
+                continue
+            if data is None:
+                return
+            begin += len(data)
+            yield memoryview(data)
 
     def find(self, key: str) -> Found | None:
         meta = self._try("reading", lambda: self._obstore.head(self._store, key), gone=None)

@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llmopt.artifacts import chunks
 from llmopt.artifacts.disk import write_at
-from llmopt.artifacts.objects import GoneError, Objects
+from llmopt.artifacts.objects import PIECE_BYTES, GoneError, Objects
 from llmopt.artifacts.remote.meter import Meter
-from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
+from llmopt.artifacts.threads import SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError
 
 Parts = dict[str, tuple[str, ...]]  # by the sha256 of a large file, the digests of its chunks
@@ -26,6 +28,7 @@ Parts = dict[str, tuple[str, ...]]  # by the sha256 of a large file, the digests
 Done = Callable[[Path, str], None]
 
 _SMALL_BYTES = 1 << 20
+_LARGE_AT_ONCE = 6  # more hash less of a second on few cores, fewer fetch less over a network
 _READS = 3  # of a chunk that comes wrong
 
 
@@ -57,7 +60,7 @@ def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done
     begun: set[_Incoming] = set()
     try:
         large = [each for each in wanted if each.size > _SMALL_BYTES]
-        do_all(LARGE_AT_ONCE, _jobs(objects, large, meter, done, found, begun))
+        do_all(_LARGE_AT_ONCE, _jobs(objects, large, meter, done, found, begun))
     finally:
         for file in list(begun):
             file.close()
@@ -67,13 +70,21 @@ def receive(objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done
 def _jobs(
     objects: Objects, wanted: Sequence[Wanted], meter: Meter, done: Done, found: Parts, begun: set[_Incoming]
 ) -> Iterator[Callable[[], None]]:
-    """Of one file after the other, begun when its turn comes: in `begun` are those that are open."""
-    for each in wanted:
-        if each.size <= chunks.CHUNK_BYTES:
-            yield partial(_receive_whole, objects, each, meter, done)
-            continue
-        file = _Incoming(objects, each, meter, done, found, begun)
-        yield from (partial(file.chunk, number) for number in range(file.count))
+    """Chunks of files of which none is being fetched come first: their digest is made of each piece as it comes."""
+    left, files = deque(wanted), list[_Incoming]()
+    while True:
+        files = [file for file in files if file.handed < file.count]
+        file = min(files, key=lambda file: file.busy, default=None)
+        if left and (file is None or file.busy) and len(files) < _LARGE_AT_ONCE:
+            each = left.popleft()
+            if each.size <= chunks.CHUNK_BYTES:
+                yield partial(_receive_whole, objects, each, meter, done)
+                continue
+            file = _Incoming(objects, each, meter, done, found, begun)
+            files.append(file)
+        if file is None:
+            return
+        yield file.hand_out()
 
 
 def _receive_whole(objects: Objects, wanted: Wanted, meter: Meter, done: Done) -> None:
@@ -133,6 +144,7 @@ class _Incoming:
         self._known = wanted.chunks if len(wanted.chunks) == self.count else ()
         self._digest, self._parts = hashlib.sha256(), list[str]()
         self._turn, self._next, self._failed = threading.Condition(), 0, False
+        self.handed, self.busy = 0, 0  # chunks that were given to a thread, and those of them not done
         self._one = threading.Lock()  # the system lets one at a time write to a file, and the others spin
         wanted.target.parent.mkdir(parents=True, exist_ok=True)
         self._resumed = bool(self._known) and wanted.target.exists()
@@ -144,28 +156,40 @@ class _Incoming:
         begun.add(self)
         os.truncate(self._file, wanted.size)
 
-    def chunk(self, number: int) -> None:
+    def hand_out(self) -> Callable[[], None]:
+        """The next chunk as a job."""
+        self.handed += 1
+        self.busy += 1
+        return partial(self._chunk, self.handed - 1)
+
+    def _chunk(self, number: int) -> None:
         """Have it, keep it, and wait for one's turn to add it to the digest."""
+        begin, end = chunks.span(self._wanted.size, number)
         try:
-            begin, end = chunks.span(self._wanted.size, number)
-            data, digest = self._here(number, begin, end)
-            if data is None:
-                data, digest = self._fetched(number, begin, end)
-                if not self._write(data, begin):
+            with self._opened() as file:
+                if file is None:
                     return
-                self._meter.add(end - begin)
-            else:
-                self._meter.skip(end - begin)
-            with self._turn:
-                self._turn.wait_for(lambda: self._next == number or self._failed)
-                if self._failed:
-                    return
-            self._digest.update(data)
+                whole = None
+                if (digest := self._here(file, number, begin, end)) is not None:
+                    self._meter.skip(end - begin)
+                else:
+                    digest, whole = self._fetch(file, number, begin, end)
+                    self._meter.add(end - begin)
+                with self._turn:
+                    self._turn.wait_for(lambda: self._next == number or self._failed)
+                    if self._failed:
+                        return
+                if whole is None:
+                    for piece in _pieces(file, begin, end):
+                        self._digest.update(piece)
+                else:
+                    self._digest = whole
             self._parts.append(digest)
             if number + 1 == self.count:
                 self._finish()
             with self._turn:
                 self._next += 1
+                self.busy -= 1
                 self._turn.notify_all()
         except BaseException:
             with self._turn:
@@ -173,40 +197,51 @@ class _Incoming:
                 self._turn.notify_all()
             raise
 
-    def _write(self, data: memoryview, begin: int) -> bool:
-        """False when the file was closed meanwhile; afterwards its number may be another's, which a copy's is not."""
+    @contextmanager
+    def _opened(self) -> Iterator[int | None]:
+        """A copy of the file's number, which may be another's after it was closed; None when it is closed already."""
         with self._turn:
-            if self not in self._begun:
-                return False
-            file = os.dup(self._file)
+            file = os.dup(self._file) if self in self._begun else None
         try:
-            with self._one:
-                write_at(file, data, begin)
+            yield file
         finally:
-            os.close(file)
-        return True
+            if file is not None:
+                os.close(file)
 
-    def _here(self, number: int, begin: int, end: int) -> tuple[memoryview | None, str]:
-        """What an earlier try has brought of it, if it is right, with its digest."""
+    def _here(self, file: int, number: int, begin: int, end: int) -> str | None:
+        """The digest of what an earlier try has brought of it, if it is right."""
         if not self._resumed:
-            return None, ""
-        data = memoryview(os.pread(self._file, end - begin, begin))
-        digest = chunks.of_bytes(data)
-        return (data, digest) if digest == self._known[number] else (None, "")
+            return None
+        digest = chunks.chunk_digest()
+        for piece in _pieces(file, begin, end):
+            digest.update(piece)
+        return digest.hexdigest() if digest.hexdigest() == self._known[number] else None
 
-    def _fetched(self, number: int, begin: int, end: int) -> tuple[memoryview, str]:
-        """With its digest. A chunk that is wrong is fetched again; if it stays so, the whole has the last word."""
+    def _fetch(self, file: int, number: int, begin: int, end: int) -> tuple[str, Any]:
+        """Its digest and, if all before it are in that of the whole, that with it.
+
+        A chunk that is wrong is fetched again; if it stays so, the whole has the last word.
+        """
         for turn in range(_READS):
-            data = self._objects.read_range(self._wanted.key, begin, end)
-            digest = chunks.of_bytes(data)
-            right = len(data) == end - begin
-            if right and (not self._known or digest == self._known[number]):
+            part, whole, at = chunks.chunk_digest(), None, begin
+            with self._turn:
+                if self._next == number:
+                    whole = self._digest.copy()
+            for piece in self._objects.stream(self._wanted.key, begin, end):
+                part.update(piece)
+                if whole is not None:
+                    whole.update(piece)
+                with self._one:
+                    write_at(file, piece, at)
+                at += len(piece)
+            digest = part.hexdigest()
+            if at == end and (not self._known or digest == self._known[number]):
                 break
             if turn < _READS - 1:
                 self._meter.again(self._wanted.key)
-        if not right:
+        if at != end:
             raise _spoiled(self._objects, self._wanted)
-        return data, digest
+        return digest, whole
 
     def _finish(self) -> None:
         digest = self._digest.hexdigest()
@@ -227,6 +262,12 @@ class _Incoming:
             if self in self._begun:
                 self._begun.remove(self)
                 os.close(self._file)
+
+
+def _pieces(file: int, begin: int, end: int) -> Iterator[bytes]:
+    while begin < end and (data := os.pread(file, min(PIECE_BYTES, end - begin), begin)):
+        yield data
+        begin += len(data)
 
 
 def _spoiled(objects: Objects, wanted: Wanted) -> CorruptError:

@@ -16,7 +16,7 @@ from llmopt.artifacts import chunks
 from llmopt.artifacts.manifest import FileEntry
 from llmopt.artifacts.objects import PART_BYTES, LostUploadError, Objects, Sender
 from llmopt.artifacts.remote.meter import Meter
-from llmopt.artifacts.threads import LARGE_AT_ONCE, SMALL_AT_ONCE, do_all
+from llmopt.artifacts.threads import SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError, LlmoptError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 #: From so many files on a listing is tried first, as long as it has no more than so many objects for each of them.
 _MANY, _LISTED_FOR_ONE = 32, 50
 _SMALL_BYTES = 1 << 20
+_LARGE_AT_ONCE = 8
 _TURNS = 3
 
 
@@ -61,7 +62,7 @@ class Outgoing:
     def _send_large(self, entries: Sequence[FileEntry]) -> None:
         begun: dict[FileEntry, Sender] = {}
         try:
-            do_all(LARGE_AT_ONCE, self._jobs(entries, begun))
+            do_all(_LARGE_AT_ONCE, self._jobs(entries, begun))
         except Exception:
             for sender in list(begun.values()):
                 with suppress(LlmoptError, OSError):

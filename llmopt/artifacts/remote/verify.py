@@ -105,10 +105,10 @@ def _read(objects: Objects, entry: FileEntry, parts: Sequence[str], picked: Sequ
     try:
         for number in picked:
             begin, end = chunks.span(entry.size, number)
-            data = objects.read_range(layout.blob(entry.sha256), begin, end)
-            if whole is not None:
-                whole.update(data)
-            elif chunks.of_bytes(data) != parts[number]:
+            digest = whole or chunks.chunk_digest()
+            for piece in objects.stream(layout.blob(entry.sha256), begin, end):
+                digest.update(piece)
+            if whole is None and digest.hexdigest() != parts[number]:
                 return f"has changed bytes between {begin} and {end}"
     except LlmoptError as error:
         return f"cannot be read: {error.message}"

@@ -36,6 +36,11 @@ def found(s3: S3Objects) -> Probe:
     return probe(s3, writers=8, rounds=3)
 
 
+def left(s3: S3Objects) -> list[str]:
+    """rclone may go on listing what was written twice and then deleted, though it is gone."""
+    return [found.key for found in s3.list() if s3.find(found.key) is not None]
+
+
 def test_finds_what_is_known_of_each(found: Probe, s3_server: Server) -> None:
     answers = found.to_json()
     known = KNOWN[s3_server.name]
@@ -47,12 +52,12 @@ def test_finds_what_is_known_of_each(found: Probe, s3_server: Server) -> None:
 
 
 def test_leaves_nothing(found: Probe, s3: S3Objects) -> None:
-    assert list(s3.list()) == []
+    assert left(s3) == []
 
 
 def test_what_is_found_out_when_needed_is_the_same(s3: S3Objects, s3_server: Server) -> None:
     assert Abilities.known(s3) == RELIED_ON[s3_server.name]
-    assert list(s3.list()) == []
+    assert left(s3) == []
 
 
 def test_is_asked_once(s3: S3Objects, proxy: Proxy) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from servers import SLOW_DOWN, Answer, Cut, Exchange, Flip, LoseReply, Proxy
+from servers import SLOW_DOWN, Answer, Cut, Exchange, Flip, LoseReply, Proxy, Server
 from unit.artifacts.objects.matching import (
     MIB,
     a_begin,
@@ -100,6 +100,22 @@ def test_of_a_flipped_chunk_that_chunk_is_fetched_again_and_no_other(
     received = sum(exchange.response_bytes for exchange in proxy.exchanges if a_range(exchange))
     assert received == sum(entry.size for entry in manifest.files) + 16 * MIB
     assert any("came damaged, and is fetched again" in line for line in said)
+
+
+def test_a_chunk_that_was_cut_goes_on_where_it_was(
+    remote: Remote, s3_server: Server, large: tuple[Store, Manifest], fresh: Store, proxy: Proxy
+) -> None:
+    if s3_server.name == "rclone":
+        pytest.skip("its ranges are not streamed: it says that each is the whole")
+    store, manifest = large
+    transfer.push(store, manifest.id, remote)
+    proxy.forget()
+    rule = proxy.fail(match=a_chunk, with_=Cut(after_response_bytes=12 * MIB))
+    transfer.pull(fresh, manifest.id, remote)
+    received = sum(exchange.response_bytes for exchange in proxy.exchanges if a_range(exchange))
+    assert rule.hits == 1
+    assert received < sum(entry.size for entry in manifest.files) + 8 * MIB  # what had not been read is lost
+    assert fresh.verify(manifest.id) == []
 
 
 @pytest.mark.parametrize("what", ["a part", "a small put"])

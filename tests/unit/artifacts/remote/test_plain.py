@@ -139,7 +139,7 @@ def test_a_killed_read_is_gone_on_with(watched: Place, proxy: Proxy, store: Stor
         "import os, sys\n"
         "from llmopt.artifacts import Store; from llmopt.artifacts.remote import plain\n"
         "from llmopt.artifacts.remote.receiving import _Incoming\n"
-        "_Incoming.chunk = lambda *a: os._exit(9)\n"
+        "_Incoming._chunk = lambda *a: os._exit(9)\n"
         "plain.read(Store.open(sys.argv[1]), plain.Prefix.open(sys.argv[2]))\n"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(store.root), watched.url], timeout=60, check=False)
