@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.artifacts import chunks
-from llmopt.artifacts.disk import write_at
+from llmopt.artifacts.disk import begin_sync, write_at
 from llmopt.artifacts.objects import PIECE_BYTES, GoneError, Objects
 from llmopt.artifacts.remote.meter import Meter
 from llmopt.artifacts.threads import SMALL_AT_ONCE, do_all
@@ -234,6 +234,7 @@ class _Incoming:
                 with self._one:
                     write_at(file, piece, at)
                 at += len(piece)
+            begin_sync(file)
             digest = part.hexdigest()
             if at == end and (not self._known or digest == self._known[number]):
                 break

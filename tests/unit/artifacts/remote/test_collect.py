@@ -295,7 +295,7 @@ def test_of_two_removals_the_second_is_refused_with_a_hint(place: Place) -> None
 def test_the_lease_of_a_killed_removal_runs_out(
     place: Place, store: Store, put: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(remote_module.LEASE_S, "remove", 1.0)
+    monkeypatch.setitem(remote_module.LEASE_S, "remove", 2.5)  # Swift counts whole seconds
     monkeypatch.setattr(remote_module, "_LOOK_S", 0.1)
     place.write("leases/remove-dead.json", b"{}")
     with pytest.raises(LlmoptError, match="another process is removing"):
@@ -305,12 +305,9 @@ def test_the_lease_of_a_killed_removal_runs_out(
 
 
 def test_a_lease_is_kept_alive_as_long_as_its_process_works(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(remote_module.LEASE_S, "remove", 1.5)
+    monkeypatch.setitem(remote_module.LEASE_S, "remove", 2.5)
     with Remote.open(place.url).removing():
-        written = threading.Event()
-        begin_s = time.monotonic()
-        while time.monotonic() - begin_s < 2.0:
-            written.wait(0.2)
+        time.sleep(3)
         with pytest.raises(LlmoptError, match="another process is removing"):
             clean(place)
 
