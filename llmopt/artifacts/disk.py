@@ -18,7 +18,8 @@ from llmopt.errors import LlmoptError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
 _MANY = 16  # folders to sync
-_PIECE_BYTES = 256 << 10
+#: Of what is read, hashed and written in turn: a small part of the cache that a core has for itself.
+PIECE_BYTES = 256 << 10
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux
 #: The lock, in a store, of who compares and then writes.
 SWAP = "leases/.swap"
@@ -227,7 +228,7 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """
     left = memoryview(data)
     while left:
-        written = os.pwrite(descriptor, left[:_PIECE_BYTES], offset)
+        written = os.pwrite(descriptor, left[:PIECE_BYTES], offset)
         left, offset = left[written:], offset + written
 
 

@@ -402,6 +402,13 @@ class Store:
         """Whether its manifest is on this disk; whether it and its files are right is not asked."""
         return self._manifest(layout.digest(artifact)).exists()
 
+    def is_whole(self, artifact: str) -> bool:
+        """Whether it is on this disk, and it and its files are right."""
+        try:
+            return self.has(artifact) and not self.blobs.problems(self.get(artifact).files)
+        except CorruptError:
+            return False
+
     def _load(self, artifact: str) -> Manifest | None:
         digest = layout.digest(artifact)
         data = records.read(self._manifest(digest))

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 #: Above this a file goes in parts of this size, or of a multiple where there would be too many parts.
 PART_BYTES = 16 << 20
-#: Of what is read, hashed and written in turn: a small part of the cache that a core has for itself.
-PIECE_BYTES = 256 << 10
 MOST_PARTS = 10_000
 
 

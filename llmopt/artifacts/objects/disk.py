@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from llmopt.artifacts import disk
-from llmopt.artifacts.objects import PIECE_BYTES, Found, GoneError, parts_of
+from llmopt.artifacts.objects import Found, GoneError, parts_of
 from llmopt.errors import LlmoptError
 
 _ASIDE = "tmp"
@@ -47,7 +47,7 @@ class DiskObjects:
         with self._reading():
             try:
                 with (self.root / key).open("rb", buffering=0) as file:
-                    while begin < end and (data := os.pread(file.fileno(), min(PIECE_BYTES, end - begin), begin)):
+                    while begin < end and (data := os.pread(file.fileno(), min(disk.PIECE_BYTES, end - begin), begin)):
                         yield memoryview(data)
                         begin += len(data)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

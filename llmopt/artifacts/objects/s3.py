@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmopt import backends
-from llmopt.artifacts.objects import PART_BYTES, PIECE_BYTES, Found, GoneError, errors, multipart
+from llmopt.artifacts.disk import PIECE_BYTES
+from llmopt.artifacts.objects import PART_BYTES, Found, GoneError, errors, multipart
 from llmopt.artifacts.objects.credentials import Access
 from llmopt.artifacts.objects.errors import RefusedError
 from llmopt.artifacts.objects.multipart import Upload, Wire
@@ -89,14 +90,11 @@ class S3Objects:
         return bytes(self.read_range(key, 0, most + 1)) if data is None else data, tag
 
     def read_range(self, key: str, begin: int, end: int) -> memoryview:
-        pieces = list(self._pieces(key, begin, end, end - begin))
+        pieces = list(self.stream(key, begin, end, piece_bytes=end - begin))
         return pieces[0] if len(pieces) == 1 else memoryview(b"".join(pieces))
 
-    def stream(self, key: str, begin: int, end: int) -> Iterator[memoryview]:
-        return self._pieces(key, begin, end, PIECE_BYTES)
-
-    def _pieces(self, key: str, begin: int, end: int, size: int) -> Iterator[memoryview]:
-        """In pieces of `size` bytes or little more. After a cut it goes on where it was."""
+    def stream(self, key: str, begin: int, end: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[memoryview]:
+        """After a cut it goes on where it was."""
         coming: Iterator[Any] | None = None
 
         def piece() -> Any:
@@ -104,7 +102,7 @@ class S3Objects:
             try:
                 if coming is None:
                     found = self._obstore.get(self._store, key, options={"range": (begin, end)})
-                    coming = iter(found.stream(min_chunk_size=size))
+                    coming = iter(found.stream(min_chunk_size=piece_bytes))
                 return next(coming, None)
             except BaseException:
                 coming = None

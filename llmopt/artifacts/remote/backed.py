@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmopt.artifacts.trust.keys import PublicKey
 from llmopt.errors import CorruptError
 
 
-class BackedStore(Store):
+class BackedStore(Store, ABC):
     """`push`: what is made here goes there too. `trust`: what comes from there must be signed by one of these keys."""
 
     def __init__(
@@ -73,6 +74,11 @@ class BackedStore(Store):
             self._progress(f"damaged here, and had again from `{self.remote.url}`: {damage.message}")
         return self.here.find(key)
 
+    def results(self, key: str) -> list[str]:
+        here = super().results(key)
+        there = self._ask(lambda: self.remote.results(key), []) if self._push else []
+        return [*(artifact for artifact in there if artifact not in here), *here]
+
     def get(self, artifact: str) -> Manifest:
         try:
             if self.has(artifact):
@@ -125,7 +131,7 @@ class BackedStore(Store):
     def fetch(self, artifact: str) -> bool:
         """What is not signed as it must be is refused, also if it came here when it need not have been."""
         self.leases.take(layout.digest(artifact))
-        if self._is_whole(artifact):
+        if self.here.is_whole(artifact):
             if self._is_refused(artifact):
                 self._require(self.here.get(artifact))
                 self._unsigned(artifact).unlink(missing_ok=True)
@@ -142,9 +148,9 @@ class BackedStore(Store):
 
     # -- within
 
+    @abstractmethod
     def _ask(self, work: Callable[[], Any], otherwise: Any) -> Any:
         """The other's answer, or what to go on with where it is done without."""
-        raise NotImplementedError
 
     def _published(self, manifest: Manifest) -> None:
         self._unsigned(manifest.id).unlink(missing_ok=True)
@@ -213,12 +219,6 @@ class BackedStore(Store):
                 self._unsigned(manifest.id).unlink(missing_ok=True)
             self.make_room(manifest.id)
         return done
-
-    def _is_whole(self, artifact: str) -> bool:
-        try:
-            return self.has(artifact) and not self.blobs.problems(self.here.get(artifact).files)
-        except CorruptError:
-            return False
 
     def _unsigned(self, artifact: str) -> Path:
         """Is there for what came from elsewhere when nobody asked for a signature."""

@@ -215,7 +215,7 @@ def _read_artifact(store: Store, objects: Objects, manifest: Manifest, progress:
     here = store.here
     entries = {entry.sha256: entry for entry in manifest.files}
     missing: list[FileEntry] = [entry for entry in entries.values() if not here.blobs.has(entry)]
-    if not missing and _is_whole(here, manifest.id):
+    if not missing and here.is_whole(manifest.id):
         return
     with here.stage(manifest.hex) as folder:
         meter = Meter(progress, "pull", f"fetching {objects.url}")
@@ -237,7 +237,7 @@ def _read_checkpoint(store: Store, prefix: Prefix, progress: Progress) -> str:
         raise LlmoptError(f"no `*.safetensors` lies at `{prefix.url}`", hint="is the upload complete?")
     check_paths(names)
     known = _Known.read(store.root, objects, wanted)
-    if known.artifact is not None and _is_whole(here, known.artifact):
+    if known.artifact is not None and here.is_whole(known.artifact):
         return known.artifact
     with here.stage(known.key) as folder:
         fetched = _Fetched(folder, known.listing)
@@ -257,13 +257,6 @@ def _read_checkpoint(store: Store, prefix: Prefix, progress: Progress) -> str:
     known.remember(manifest.id)
     store.make_room(manifest.id)
     return manifest.id
-
-
-def _is_whole(here: Store, artifact: str) -> bool:
-    try:
-        return here.has(artifact) and all(here.blobs.has(entry) for entry in here.get(artifact).files)
-    except CorruptError:
-        return False
 
 
 class _Fetched:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llmopt.artifacts import chunks
-from llmopt.artifacts.disk import begin_sync, write_at
-from llmopt.artifacts.objects import PIECE_BYTES, GoneError, Objects
+from llmopt.artifacts.disk import PIECE_BYTES, begin_sync, write_at
+from llmopt.artifacts.objects import GoneError, Objects
 from llmopt.artifacts.remote.meter import Meter
 from llmopt.artifacts.threads import SMALL_AT_ONCE, do_all
 from llmopt.errors import CorruptError
@@ -28,7 +28,7 @@ Parts = dict[str, tuple[str, ...]]  # by the sha256 of a large file, the digests
 Done = Callable[[Path, str], None]
 
 _SMALL_BYTES = 1 << 20
-_LARGE_AT_ONCE = 6  # more hash less of a second on few cores, fewer fetch less over a network
+_LARGE_AT_ONCE = 6  # on two cores 3 to 8 are the same; a network wants several
 _READS = 3  # of a chunk that comes wrong
 
 

@@ -83,10 +83,6 @@ class S3Store(BackedStore):
             self._progress(line)
         return before
 
-    def results(self, key: str) -> list[str]:
-        here = super().results(key)
-        return [*(artifact for artifact in self.remote.results(key) if artifact not in here), *here]
-
     def actions(self, op: str) -> Iterator[Action]:
         seen: set[str] = set()
         for action in super().actions(op):
@@ -156,11 +152,6 @@ class SharingStore(BackedStore):
     """On this disk, beside a cache that several machines share, which is done without where it does not answer."""
 
     _met, _lost = False, False  # one that does not answer is not asked again
-
-    def results(self, key: str) -> list[str]:
-        here = super().results(key)
-        there = self._ask(lambda: self.remote.results(key), []) if self._push else []
-        return [*(artifact for artifact in there if artifact not in here), *here]
 
     def resolve(self, reference: str) -> str | None:
         return super().resolve(reference) or self._resolve_there(reference)
